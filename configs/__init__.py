@@ -1,0 +1,1 @@
+"""Ready configurations, found by name on the command line."""

@@ -1,0 +1,95 @@
+"""What an image attack ascends: per-sample values, always maximised.
+
+An objective is bound to a batch first (targets are computed once), then called on the image state of every iterate.
+Values of different samples are independent, so the gradient of the sum is every sample's own gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastmat.attacks.base import text_features
+from fastmat.models.protocol import ImageState, VisionLanguageModel
+from fastmat.ops import contrastive_rows, cosine_to_set
+from fastmat.types import AttackContext, Batch
+
+Bound = Callable[[ImageState], Tensor]
+
+
+class Objective(Protocol):
+    def bind(self, model: VisionLanguageModel, batch: Batch, context: AttackContext) -> Bound:
+        """A function from the image state of the current iterate to [B] values."""
+        ...
+
+
+class Contrastive:
+    """Symmetric InfoNCE of each image against the frozen context, multi-positive.
+
+    Image to text: cross-entropy of the image's row over all context texts, the mean over its positives. Text to image:
+    cross-entropy of each matching context text over the *other* groups' frozen images and the live one, their mean.
+    """
+
+    def __init__(self, *, directions: Literal["both", "i2t", "t2i"] = "both") -> None:
+        self.directions = directions
+
+    def bind(self, model: VisionLanguageModel, batch: Batch, context: AttackContext) -> Bound:
+        scale = model.logit_scale.detach()
+        positive = batch.group[:, None] == context.text_group[None, :]
+        weight = positive / positive.sum(1, keepdim=True).clamp_min(1)
+        with torch.no_grad():
+            to_images = scale * context.text_features @ context.image_features.T
+            to_images.masked_fill_(context.text_group[:, None] == context.image_group[None, :], -torch.inf)
+            others = to_images.logsumexp(1)
+
+        def value(state: ImageState) -> Tensor:
+            total = torch.zeros(len(state.features), device=state.features.device)
+            if self.directions != "t2i":
+                total = total + contrastive_rows(
+                    state.features, context.text_features, scale, row_group=batch.group, column_group=context.text_group
+                )
+            if self.directions != "i2t":
+                live = scale * state.features @ context.text_features.T
+                total = total + ((torch.logaddexp(others, live) - live) * weight).sum(1)
+            return total / 2 if self.directions == "both" else total
+
+        return value
+
+
+class CosineToOwn:
+    """SGA's set-level objective: minus the sum of cosines to all own captions (SGA, ICCV 2023, section 3.3)."""
+
+    def bind(self, model: VisionLanguageModel, batch: Batch, context: AttackContext) -> Bound:
+        own = text_features(model, batch.texts)
+        return self.bind_features(own, batch.txt2img)
+
+    def bind_features(self, own: Tensor, txt2img: Tensor) -> Bound:
+        """The same for captions already encoded: own [T, E], txt2img [T]."""
+        return lambda state: -cosine_to_set(state.features, own, txt2img)
+
+
+class KLFromClean:
+    """Uni-modal: KL(softmax(clean embedding) || softmax(embedding)), un-normalised (Co-Attack and Sep-Attack)."""
+
+    def bind(self, model: VisionLanguageModel, batch: Batch, context: AttackContext) -> Bound:
+        with torch.no_grad():
+            target = model.encode_image(batch.images).embeds.softmax(-1)
+        return lambda state: F.kl_div(state.embeds.log_softmax(-1), target, reduction="none").sum(-1)
+
+
+class SquaredL2FromClean:
+    """Uni-modal: squared distance to the clean embedding, un-normalised and summed over dimensions (FARE)."""
+
+    def bind(self, model: VisionLanguageModel, batch: Batch, context: AttackContext) -> Bound:
+        with torch.no_grad():
+            target = model.encode_image(batch.images).embeds
+        return squared_l2_from(target)
+
+
+def squared_l2_from(target: Tensor) -> Bound:
+    """Squared distance of the embedding to a given [B, E] target."""
+    return lambda state: (state.embeds - target).square().sum(-1)

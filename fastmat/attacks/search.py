@@ -1,0 +1,55 @@
+"""Projected gradient ascent on images: the search that PGD, SGA, Sep-Attack and the defences share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastmat.attacks.draws import Draws
+from fastmat.ops import pgd_step
+from fastmat.types import Batch, ThreatModel
+
+
+def random_start(
+    batch: Batch, threat: ThreatModel, draws: Draws, *, one_sided: bool = False, clamp: bool = True
+) -> Tensor:
+    """A start inside the ball: uniform in the Linf ball, or a uniform direction and radius share in the L2 ball.
+
+    one_sided: Co-Attack's start, uniform in [0, eps] (`Quirks.one_sided_start`).
+    """
+    x0 = batch.images
+    shape = x0.shape[1:]
+    if threat.norm == "linf":
+        draw = draws.uniform("start", batch.index, shape)
+        delta = (draw.add(1).div(2) if one_sided else draw) * threat.eps
+    else:
+        direction = draws.normal("start", batch.index, shape)
+        radius = draws.uniform("start_radius", batch.index, ()).add(1).div(2).view(-1, 1, 1, 1)
+        delta = direction * (radius * threat.eps / direction.flatten(1).norm(dim=1).view(-1, 1, 1, 1))
+    start = x0 + delta
+    return start.clamp_(*threat.bounds) if clamp else start
+
+
+def ascend(
+    value: Callable[[Tensor, int], Tensor],
+    x0: Tensor,
+    start: Tensor,
+    *,
+    threat: ThreatModel,
+    steps: int,
+    step_size: float,
+) -> Tensor:
+    """`steps` projected-gradient steps from `start`, maximising `value(x, step) -> [B]`.
+
+    Gradients with respect to the pixels only; `x` stays fp32 and inside ball and box after every step.
+    """
+    x = start
+    for step in range(steps):
+        x = x.detach().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(value(x, step).sum(), x)
+        x = pgd_step(
+            x.detach(), gradient, x0, eps=threat.eps, step_size=step_size, norm=threat.norm, bounds=threat.bounds
+        )
+    return x

@@ -1,0 +1,54 @@
+"""What a defence is: first the adversarial views, without leaving a trace; then a loss of the outer forward's features.
+
+The training loop stands between the two: it encodes all views in one forward of the prepared (wrapped) module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from fastmat.attacks.draws import Draws
+from fastmat.models.protocol import ImageState, TextState, VisionLanguageModel
+from fastmat.types import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """What the outer forward must encode, by name ("clean", "adv"), and constants that the loss needs.
+
+    images: name -> [B, 3, H, W]; texts: name -> T captions; targets: name -> tensor (a frozen teacher's embeddings).
+    """
+
+    images: Mapping[str, Tensor]
+    texts: Mapping[str, tuple[str, ...]]
+    targets: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """The same views, encoded with gradients. logit_scale is the multiplier. group [B], text_group [T]."""
+
+    images: Mapping[str, ImageState]
+    texts: Mapping[str, TextState]
+    targets: Mapping[str, Tensor]
+    logit_scale: Tensor
+    group: Tensor
+    text_group: Tensor
+
+
+class Defence(Protocol):
+    """trains: which towers receive gradients, a subset of ("image", "text")."""
+
+    trains: tuple[str, ...]
+
+    def perturb(self, model: VisionLanguageModel, batch: Batch, draws: Draws) -> Views:
+        """`model` is the unwrapped module; its weights, gradients, buffers and modes are as before afterwards."""
+        ...
+
+    def loss(self, features: Features) -> dict[str, Tensor]:
+        """Named scalar terms; their sum is minimised."""
+        ...

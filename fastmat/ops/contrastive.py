@@ -1,0 +1,38 @@
+"""InfoNCE with any number of positives on both sides (1:N and N:1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def contrastive_rows(
+    rows: Tensor, columns: Tensor, logit_scale: Tensor | float, *, row_group: Tensor, column_group: Tensor
+) -> Tensor:
+    """[N] cross-entropies of each row over all columns; the target is uniform over the columns of the row's group.
+
+    rows [N, E], columns [M, E] unit features; row_group [N], column_group [M] int64. A row without positives gets 0.
+    """
+    logits = logit_scale * (rows @ columns.T).float()
+    positive = row_group[:, None] == column_group[None, :]
+    count = positive.sum(1)
+    matched = torch.where(positive, logits, 0.0).sum(1) / count.clamp_min(1)
+    return torch.where(count > 0, logits.logsumexp(1) - matched, 0.0)
+
+
+def contrastive_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    image_group: Tensor,
+    text_group: Tensor,
+) -> Tensor:
+    """Symmetric InfoNCE: the mean of the image-to-text rows plus the mean of the text-to-image rows, halved.
+
+    image_features [B, E], text_features [T, E] unit rows; groups [B], [T] int64: equal groups are positives. With the
+    diagonal as the only positives it is CLIP's loss.
+    """
+    i2t = contrastive_rows(image_features, text_features, logit_scale, row_group=image_group, column_group=text_group)
+    t2i = contrastive_rows(text_features, image_features, logit_scale, row_group=text_group, column_group=image_group)
+    return (i2t.mean() + t2i.mean()) / 2

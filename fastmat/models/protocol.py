@@ -30,11 +30,12 @@ class ImageState(NamedTuple):
 
 
 class TextState(NamedTuple):
-    """ids, mask [T, L]; tokens [T, L, D]; embeds [T, E] projected and un-normalised; features [T, E] unit rows."""
+    """ids, mask [T, L]; tokens [T, L, D] (None where a tower keeps none); embeds [T, E] projected and un-normalised;
+    features [T, E] unit rows."""
 
     ids: Tensor
     mask: Tensor
-    tokens: Tensor
+    tokens: Tensor | None
     embeds: Tensor
     features: Tensor
 

@@ -1,0 +1,87 @@
+"""Weights to and from disk: safetensors, or torch files without code; every key accounted for."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastmat.errors import UserError
+
+
+def save_weights(model: nn.Module, path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a state dict as safetensors; the file appears whole or not at all."""
+    path = Path(path)
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    partial = path.with_name(path.name + ".partial")
+    save_file(state, partial, metadata=dict(metadata or {}))
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` file, or of a torch file read with `weights_only=True`.
+
+    A torch file may nest its tensors under "state_dict" or "model". Raises UserError naming the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"weights file {path} does not exist")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"{path} is not a whole safetensors file ({error}); copy or download it again") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(
+            f"{path} cannot be read as plain tensors; it is damaged or carries code, which is never run: "
+            "convert it to safetensors where you trust it"
+        ) from error
+    for nested in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(nested), Mapping):
+            content = content[nested]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{path} holds no state dict of tensors")
+    return {str(key).removeprefix("module."): value for key, value in content.items()}
+
+
+def load_weights(
+    model: nn.Module, path: Path, *, rename: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
+) -> None:
+    """Load a file into `model`: every key must match in name and shape, or UserError lists what does not.
+
+    rename: maps a foreign file's state to this model's keys.
+    """
+    state = read_state(path)
+    if rename is not None:
+        state = dict(rename(state))
+    own = model.state_dict()
+    problems = {
+        "missing": sorted(own.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - own.keys()),
+        "of another shape": sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape),
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{len(keys)} {what} ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
+                           for what, keys in problems.items() if keys)  # fmt: skip
+        raise UserError(f"{path} does not fit this model: {listed}; check the model's name and configuration")
+    model.load_state_dict(state)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """sha256 over names, shapes and bytes of every parameter and buffer."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-from open_clip import HFTokenizer, SimpleTokenizer
+if TYPE_CHECKING:
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
 
 class ClipTokenizer:
@@ -15,8 +17,8 @@ class ClipTokenizer:
     pad_id = 0
     pad_to_context = False
 
-    def __init__(self, bpe: SimpleTokenizer | None = None) -> None:
-        self.bpe = bpe or SimpleTokenizer()
+    def __init__(self, bpe: SimpleTokenizer) -> None:
+        self.bpe = bpe
         self._encode = lru_cache(maxsize=1 << 16)(self.bpe.encode)  # the same captions come back at every pass
 
     def __call__(self, text: str, max_length: int) -> list[int]:

@@ -1,0 +1,102 @@
+"""SGA: set-level guidance attack (Lu et al., ICCV 2023). Text, then image on a scale set, then text again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastmat.attacks.base import Attack
+from fastmat.attacks.draws import Draws
+from fastmat.attacks.objectives import CosineToOwn
+from fastmat.attacks.search import ascend, random_start
+from fastmat.attacks.word_substitution import WordSubstitution
+from fastmat.models.protocol import VisionLanguageModel
+from fastmat.ops import scale_views
+from fastmat.quirks import Quirks
+from fastmat.text.mlm import MaskedLanguageModel
+from fastmat.types import AttackContext, Batch, ThreatModel
+
+
+class SGA(Attack):
+    """All captions of an image together, the image at several scales.
+
+    1. captions are substituted away from their clean image;
+    2. the image ascends minus the sum of cosines to those captions, over itself and its scaled, noisy copies;
+    3. the original captions are substituted away from the adversarial image.
+
+    steps 10, step_size eps/4 (0.5/255 at 2/255), scales and noise_std 0.05 as in the published code; the unscaled view
+    carries no noise. top_k, threshold: the masked language model's candidates.
+    """
+
+    def __init__(
+        self,
+        *,
+        threat: ThreatModel,
+        mlm: MaskedLanguageModel,
+        steps: int = 10,
+        step_size: float | None = None,
+        scales: Sequence[float] = (0.5, 0.75, 1.25, 1.5),
+        noise_std: float = 0.05,
+        top_k: int = 10,
+        threshold: float = 0.3,
+        quirks: Quirks | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(threat=threat, seed=seed)
+        self.steps = steps
+        self.step_size = threat.eps / 4 if step_size is None else step_size
+        self.scales = tuple(scales)
+        self.noise_std = noise_std
+        self.quirks = quirks or Quirks()
+        self.words = WordSubstitution(
+            mlm=mlm,
+            max_words=threat.max_words,
+            choice="cosine",
+            importance="features",
+            top_k=top_k,
+            threshold=threshold,
+            quirks=self.quirks,
+        )
+
+    def run(
+        self, model: VisionLanguageModel, batch: Batch, context: AttackContext, draws: Draws
+    ) -> tuple[Tensor, tuple[str, ...]]:
+        plan = self.words.plan(model, batch.texts)
+        with torch.no_grad():
+            clean = model.encode_image(batch.images).features
+        first = self.words.search(model, plan, clean[batch.txt2img])
+        images = self.attack_images(model, batch.replace(texts=first), draws)
+        with torch.no_grad():
+            moved = model.encode_image(images).features
+        return images, self.words.search(model, plan, moved[batch.txt2img])
+
+    def attack_images(self, model: VisionLanguageModel, batch: Batch, draws: Draws) -> Tensor:
+        """Step 2, against the captions of `batch` as they stand."""
+        own = self.words.encode(model, batch.texts, max_length=self.quirks.mid_max_length).features
+        value = CosineToOwn().bind_features(own, batch.txt2img)
+        size = len(batch)
+
+        def over_views(x: Tensor, step: int) -> Tensor:
+            views = torch.cat([x, *self.scaled(x, batch.index, step, draws)])
+            features = model.encode_image(views).features.unflatten(0, (-1, size))
+            return torch.stack([value(f) for f in features]).sum(0)
+
+        start = random_start(batch, self.threat, draws, clamp=True)
+        return ascend(over_views, batch.images, start, threat=self.threat, steps=self.steps, step_size=self.step_size)
+
+    def scaled(self, x: Tensor, index: Tensor, step: int, draws: Draws) -> Sequence[Tensor]:
+        """The scaled copies of `x`, fresh noise for every step and scale."""
+        if not self.scales:
+            return ()
+        noise = [draws.normal(f"scale/{step}/{i}", index, x.shape[1:]) for i in range(len(self.scales))]
+        return tuple(
+            scale_views(
+                x,
+                self.scales,
+                torch.stack(noise).mul_(self.noise_std),
+                antialias=self.quirks.antialias,
+                bounds=self.threat.bounds,
+            )
+        )

@@ -1,0 +1,105 @@
+"""A transformers `CLIPModel`: a local folder or a hub id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+from fastmat.errors import UserError
+from fastmat.models.dual_encoder import DualEncoder, Tokenizer
+from fastmat.models.weights import load_weights
+from fastmat.types import ImageTransform
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class VisionTower(nn.Module):
+    """tokens: the patches of the last hidden state, without the class token."""
+
+    def __init__(self, vision_model: nn.Module) -> None:
+        super().__init__()
+        self.vision_model = vision_model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.vision_model(pixel_values=images)
+        return output.pooler_output, output.last_hidden_state[:, 1:]
+
+
+class TextTower(nn.Module):
+    """tokens: the last hidden state. Causal, so rows need not be padded to the context."""
+
+    def __init__(self, text_model: nn.Module) -> None:
+        super().__init__()
+        self.text_model = text_model
+
+    def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.text_model(input_ids=ids)
+        return output.pooler_output, output.last_hidden_state
+
+
+class TransformersTokenizer:
+    """transformers' CLIPTokenizer, one caption at a time."""
+
+    pad_to_context = False
+
+    def __init__(self, wrapped: CLIPTokenizer) -> None:
+        self.wrapped = wrapped
+        self.pad_id = 0  # any id does: the tower is causal and pools at the first end token
+
+    def __call__(self, text: str, max_length: int) -> list[int]:
+        return self.wrapped(text, truncation=True, max_length=max_length)["input_ids"]
+
+
+def load_hf_clip(path: str, *, weights: str | None = None) -> DualEncoder:
+    """A CLIPModel with its tokenizer and image processor.
+
+    path: a folder written by `save_pretrained`, or a hub id. weights: a file written by `fastmat train`, loaded last.
+    Raises UserError when files are missing, carry code, or keys do not match.
+    """
+    try:
+        clip, info = CLIPModel.from_pretrained(path, output_loading_info=True, use_safetensors=None)
+        tokenizer = CLIPTokenizer.from_pretrained(path)
+        processor = CLIPImageProcessor.from_pretrained(path)
+    except (OSError, ValueError, RuntimeError) as error:
+        line = str(error).strip().splitlines()[0][:200]
+        raise UserError(f"no CLIP model could be loaded from {path!r} ({line}); give a folder or a hub id") from error
+    bad = {what: sorted(info[what]) for what in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[what]}
+    if bad:
+        raise UserError(f"weights of {path!r} do not fit CLIPModel: {bad}")
+    size = processor.size.get("shortest_edge") or processor.size["height"]
+    model = take_apart(
+        clip.float(),
+        TransformersTokenizer(tokenizer),
+        ImageTransform(size=size, mode="crop" if processor.do_center_crop else "squash"),
+        mean=tuple(processor.image_mean),
+        std=tuple(processor.image_std),
+    )
+    if weights is not None:
+        load_weights(model, Path(weights))
+    return model
+
+
+def take_apart(
+    clip: CLIPModel,
+    tokenizer: Tokenizer,
+    transform: ImageTransform,
+    *,
+    mean: tuple[float, ...] = CLIP_MEAN,
+    std: tuple[float, ...] = CLIP_STD,
+) -> DualEncoder:
+    """The pieces of a CLIPModel as a DualEncoder; `clip` is used up."""
+    return DualEncoder(
+        image_tower=VisionTower(clip.vision_model),
+        image_projection=clip.visual_projection,
+        text_tower=TextTower(clip.text_model),
+        text_projection=clip.text_projection,
+        log_logit_scale=clip.logit_scale,
+        tokenizer=tokenizer,
+        context_length=clip.config.text_config.max_position_embeddings,
+        image_transform=transform,
+        mean=mean,
+        std=std,
+    )

@@ -12,8 +12,11 @@ def contrastive_rows(
     """[N] cross-entropies of each row over all columns; the target is uniform over the columns of the row's group.
 
     rows [N, E], columns [M, E] unit features; row_group [N], column_group [M] int64. A row without positives gets 0.
+    Logits are fp32 (fp64 for fp64 features), also inside an autocast region.
     """
-    logits = logit_scale * (rows @ columns.T).float()
+    with torch.autocast(rows.device.type, enabled=False):
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        logits = logit_scale * (rows.to(dtype) @ columns.to(dtype).T)
     positive = row_group[:, None] == column_group[None, :]
     count = positive.sum(1)
     matched = torch.where(positive, logits, 0.0).sum(1) / count.clamp_min(1)

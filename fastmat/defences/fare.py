@@ -1,0 +1,62 @@
+"""FARE (Schlarmann et al., ICML 2024): unsupervised, keeps the embeddings of a frozen original.
+
+Published: eps 4/255 or 2/255, 10 steps of 1/255, squared L2 between un-normalised embeddings summed over dimensions,
+only the image tower trains. Its released code ascends with momentum 0.9 and an unclamped start; here it is plain PGD,
+which the paper describes.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from fastmat.attacks.base import frozen
+from fastmat.attacks.draws import Draws
+from fastmat.attacks.objectives import squared_l2_from
+from fastmat.attacks.search import ascend, random_start
+from fastmat.defences.base import Features, Views
+from fastmat.models.protocol import VisionLanguageModel
+from fastmat.types import Batch, ThreatModel
+
+
+class FARE:
+    """teacher: the original model; a frozen copy is taken here, so hand it in before training changes it.
+
+    steps, step_size: the inner PGD; step_size in pixel units, None: eps/4 (1/255 at the published eps of 4/255).
+    """
+
+    trains: tuple[str, ...] = ("image",)
+
+    def __init__(
+        self,
+        *,
+        threat: ThreatModel,
+        teacher: VisionLanguageModel,
+        steps: int = 10,
+        step_size: float | None = None,
+    ) -> None:
+        assert isinstance(teacher, nn.Module)
+        self.threat = threat
+        self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+        self.steps = steps
+        self.step_size = threat.eps / 4 if step_size is None else step_size
+
+    def perturb(self, model: VisionLanguageModel, batch: Batch, draws: Draws) -> Views:
+        with torch.no_grad():
+            target = self.teacher.to(batch.images.device).encode_image(batch.images).embeds
+        value = squared_l2_from(target)
+        with frozen(model):
+            images = ascend(
+                lambda x, step: value(model.encode_image(x)),
+                batch.images,
+                random_start(batch, self.threat, draws),
+                threat=self.threat,
+                steps=self.steps,
+                step_size=self.step_size,
+            )
+        return Views(images={"adv": images.detach()}, texts={}, targets={"teacher": target})
+
+    def loss(self, features: Features) -> dict[str, Tensor]:
+        return {"distance": squared_l2_from(features.targets["teacher"])(features.images["adv"]).mean()}

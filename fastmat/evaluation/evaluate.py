@@ -1,0 +1,203 @@
+"""Retrieval of a victim, clean and after an attack on a surrogate.
+
+    gallery = encode_gallery(surrogate, batches)
+    attacked = run_attack(surrogate, attack, batches, gallery_context(gallery))
+    row = evaluate(victim, attacked, clean=gallery_ranks(encode_gallery(victim, batches)), setting=setting)
+
+The whole gallery is attacked: adversarial queries rank adversarial galleries. An attack on images alone leaves the
+captions as they are, and the other way round.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastmat.attacks.base import Attack, frozen, text_features
+from fastmat.errors import UserError
+from fastmat.evaluation.metrics import Ranks, bootstrap_intervals, recalls, success_rates
+from fastmat.evaluation.results import Row, Setting
+from fastmat.models.protocol import VisionLanguageModel
+from fastmat.ops import retrieval_ranks
+from fastmat.types import AttackContext, Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gallery:
+    """Unit features of N images and T captions, fp32 on the model's device.
+
+    image_features [N, E], text_features [T, E]; image_group [N], text_group [T]; txt2img [T] int64, caption to image.
+    """
+
+    image_features: Tensor
+    image_group: Tensor
+    text_features: Tensor
+    text_group: Tensor
+    txt2img: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attacked:
+    """A batch after an attack, on the CPU.
+
+    pairs: adversarial images and captions. sources: the T captions before. distance [B], words_changed [T]: as in
+    `AttackResult`. seconds: what the attack took, loading and encoding for evaluation not counted.
+    """
+
+    pairs: Batch
+    sources: tuple[str, ...]
+    distance: Tensor
+    words_changed: Tensor
+    seconds: float
+
+
+def encode_gallery(model: VisionLanguageModel, batches: Iterable[Batch]) -> Gallery:
+    """Encode every image and caption once, in order.
+
+    Raises UserError without any image or caption, or when the model gives features that are not finite, since a NaN
+    would rank first everywhere.
+    """
+    device = model.logit_scale.device
+    images, texts, groups, text_groups, txt2img = [], [], [], [], []
+    seen = 0
+    for batch in batches:
+        # Inside the loop: pulling the next batch may run an attack, which needs gradients.
+        with frozen(model), torch.no_grad():
+            batch = batch.to(device)
+            images.append(model.encode_image(batch.images).features.float())
+            texts.append(text_features(model, batch.texts).float())
+        groups.append(batch.group)
+        text_groups.append(batch.text_group)
+        txt2img.append(batch.txt2img + seen)
+        seen += len(batch)
+    if not seen or not sum(map(len, texts)):
+        raise UserError("there is nothing to evaluate: the data has no images or no captions")
+    gallery = Gallery(
+        image_features=torch.cat(images),
+        image_group=torch.cat(groups),
+        text_features=torch.cat(texts),
+        text_group=torch.cat(text_groups),
+        txt2img=torch.cat(txt2img),
+    )
+    for what, features in (("image", gallery.image_features), ("caption", gallery.text_features)):
+        broken = (~features.isfinite().all(1)).nonzero().flatten().tolist()
+        if broken:
+            raise UserError(f"the model gives NaN or infinite features for {what} {broken[0]} of the data")
+    return gallery
+
+
+def gallery_context(gallery: Gallery) -> AttackContext:
+    """What an attack contrasts its samples with: the surrogate's clean gallery."""
+    return AttackContext(
+        image_features=gallery.image_features,
+        image_group=gallery.image_group,
+        text_features=gallery.text_features,
+        text_group=gallery.text_group,
+    )
+
+
+def gallery_ranks(gallery: Gallery) -> Ranks:
+    """Ranks by cosine in both directions, on the CPU."""
+    images, texts = gallery.image_features, gallery.text_features
+    return Ranks(
+        tr=retrieval_ranks(images, texts, query_group=gallery.image_group, gallery_group=gallery.text_group).cpu(),
+        ir=retrieval_ranks(texts, images, query_group=gallery.text_group, gallery_group=gallery.image_group).cpu(),
+        txt2img=gallery.txt2img.cpu(),
+    )
+
+
+def clean_ranks(model: VisionLanguageModel, batches: Iterable[Batch]) -> Ranks:
+    """A model's ranks on data as it is."""
+    return gallery_ranks(encode_gallery(model, batches))
+
+
+def run_attack(
+    surrogate: VisionLanguageModel,
+    attack: Attack,
+    batches: Iterable[Batch],
+    context: AttackContext,
+    *,
+    on_batch: Callable[[Attacked], None] | None = None,
+) -> Iterator[Attacked]:
+    """Attack the data batch by batch against one context, so that the batch size does not matter.
+
+    on_batch: told of every batch when it is done, for a progress bar.
+    """
+    device = surrogate.logit_scale.device
+    for batch in batches:
+        on_device = batch.to(device)
+        start = time.perf_counter()
+        result = attack(surrogate, on_device, context)
+        images = result.images.cpu()  # waits for the device, so the clock is honest
+        seconds = time.perf_counter() - start
+        attacked = Attacked(
+            pairs=batch.replace(images=images, texts=result.texts).to("cpu"),
+            sources=batch.texts,
+            distance=result.distance.cpu(),
+            words_changed=result.words_changed.cpu(),
+            seconds=seconds,
+        )
+        if on_batch is not None:
+            on_batch(attacked)
+        yield attacked
+
+
+def evaluate(
+    victim: VisionLanguageModel, attacked: Iterable[Attacked], *, clean: Ranks, setting: Setting, resamples: int = 1000
+) -> Row:
+    """Judge `victim` on attacked data, be it made just now (`run_attack`) or stored (`AdversarialSet`).
+
+    clean: the victim's own ranks on the clean data. A victim of another resolution than the surrogate's resizes inside.
+    """
+    seconds = distance = 0.0
+    words = 0
+
+    def pairs() -> Iterator[Batch]:
+        nonlocal seconds, distance, words
+        for part in attacked:
+            seconds += part.seconds
+            distance = max(distance, float(part.distance.max()))
+            words = max([words, *part.words_changed.tolist()])
+            yield part.pairs
+
+    ranks = gallery_ranks(encode_gallery(victim, pairs()))
+    if not torch.equal(ranks.txt2img, clean.txt2img):
+        raise UserError(
+            f"the attacked data ({len(ranks.tr)} images, {len(ranks.ir)} captions) is not the clean data "
+            f"({len(clean.tr)} images, {len(clean.ir)} captions)"
+        )
+    return _row(ranks, clean, setting, resamples, distance=distance, words=words, seconds=seconds)
+
+
+def clean_row(clean: Ranks, *, setting: Setting, resamples: int = 1000) -> Row:
+    """The row of a victim on clean data; `setting.attack` is "none"."""
+    return _row(clean, None, setting, resamples, distance=0.0, words=0, seconds=None)
+
+
+def _row(
+    ranks: Ranks,
+    clean: Ranks | None,
+    setting: Setting,
+    resamples: int,
+    *,
+    distance: float,
+    words: int,
+    seconds: float | None,
+) -> Row:
+    rates = success_rates(clean, ranks) if clean else dict.fromkeys(success_rates(ranks, ranks))
+    return Row(
+        **setting.model_dump(),
+        **recalls(ranks),  # type: ignore[arg-type]
+        **rates,
+        n_images=len(ranks.tr),
+        n_captions=len(ranks.ir),
+        ci=bootstrap_intervals(ranks, clean, seed=setting.seed, resamples=resamples),
+        max_distance=distance,
+        max_words_changed=words,
+        seconds=seconds,
+        pairs_per_s=len(ranks.ir) / seconds if seconds else None,
+    )

@@ -40,6 +40,6 @@ def scale_views(
 @lru_cache(maxsize=64)
 def resize_matrix(source: int, target: int, antialias: bool) -> Tensor:
     """[target, source] fp32: the linear map of a one-dimensional bicubic resize."""
-    columns = torch.eye(source).view(1, source, source, 1)
-    resized = F.interpolate(columns, size=(target, 1), mode="bicubic", align_corners=False, antialias=antialias)
-    return resized[0, :, :, 0].T.contiguous()
+    identity = torch.eye(source).view(1, 1, source, source)
+    resized = F.interpolate(identity, size=(target, source), mode="bicubic", align_corners=False, antialias=antialias)
+    return resized[0, 0].contiguous()

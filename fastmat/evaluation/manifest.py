@@ -1,0 +1,85 @@
+"""The schema of an adversarial set's files, and the fingerprints that tie it to model, data and configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, Field
+from torch import nn
+
+from fastmat.evaluation.results import STRICT, Threat
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Shard(BaseModel):
+    """A finished shard. rows: images in it; text_bytes: length of its lines in `texts.jsonl`; seconds of the attack."""
+
+    model_config = STRICT
+    file: str = Field(pattern=r"^images-\d{5}\.safetensors$")
+    sha256: Sha256
+    rows: int = Field(ge=1)
+    text_bytes: int = Field(ge=0)
+    text_sha256: Sha256
+    seconds: float = Field(ge=0)
+
+
+class Manifest(BaseModel):
+    """model, data: fingerprints of the surrogate and of the clean set; config: the resolved configuration, whose hash
+    is config_sha256. n_images: size of the finished set."""
+
+    model_config = STRICT
+    format: Literal["fastmat adversarial set 1"] = "fastmat adversarial set 1"
+    model: Sha256
+    data: Sha256
+    config_sha256: Sha256
+    config: dict[str, Any]
+    surrogate: str
+    attack: str
+    threat: Threat
+    dataset: str
+    split: str
+    seed: int
+    n_images: int = Field(ge=1)
+    shards: list[Shard] = []
+
+    @property
+    def n_done(self) -> int:
+        """Images in finished shards."""
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def text_bytes(self) -> int:
+        """Where the lines of finished shards end in `texts.jsonl`."""
+        return sum(shard.text_bytes for shard in self.shards)
+
+
+class TextLine(BaseModel):
+    model_config = STRICT
+    image: str
+    index: int
+    caption: int
+    source: str
+    adversarial: str
+    words_changed: int
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """sha256 over names, shapes, types and bytes of all parameters and buffers, on whatever device they are."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def config_fingerprint(config: dict[str, Any]) -> str:
+    """sha256 of a JSON-like configuration, whatever the order of its keys."""
+    return sha256(json.dumps(config, sort_keys=True, default=str).encode())
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

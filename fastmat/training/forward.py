@@ -1,0 +1,51 @@
+"""All views of a batch through one forward of the wrapped module, so that gradients synchronise once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastmat.defences.base import Features, Views
+from fastmat.models.protocol import Encoded, ImageState, TextState, TextTokens, VisionLanguageModel
+from fastmat.types import Batch
+
+Forward = Callable[[Tensor | None, TextTokens | None], Encoded]
+
+
+def encode_views(forward: Forward, model: VisionLanguageModel, views: Views, batch: Batch) -> Features:
+    """Encode every view with gradients.
+
+    forward: the prepared module, called once as `forward(images, tokens)` with the views stacked; `model` (unwrapped)
+    only tokenises. The result holds each view apart again, embeddings and features in fp32.
+    """
+    device = batch.images.device
+    images = torch.cat(list(views.images.values())) if views.images else None
+    tokens = None
+    if views.texts:
+        captions = [text for texts in views.texts.values() for text in texts]
+        tokens = TextTokens(*(part.to(device, non_blocking=True) for part in model.tokenize(captions)))
+    encoded = forward(images, tokens)
+    image_states: list[ImageState] = []
+    if encoded.image is not None:
+        image = encoded.image._replace(embeds=encoded.image.embeds.float(), features=encoded.image.features.float())
+        image_states = [ImageState(*part) for part in _split(image, len(batch), len(views.images))]
+    text_states: list[TextState] = []
+    if encoded.text is not None:
+        text = encoded.text._replace(embeds=encoded.text.embeds.float(), features=encoded.text.features.float())
+        text_states = [TextState(*part) for part in _split(text, len(batch.texts), len(views.texts))]
+    return Features(
+        images=dict(zip(views.images, image_states, strict=True)),
+        texts=dict(zip(views.texts, text_states, strict=True)),
+        targets=views.targets,
+        logit_scale=encoded.logit_scale.float(),
+        group=batch.group,
+        text_group=batch.text_group,
+    )
+
+
+def _split(parts: Sequence[Tensor | None], rows: int, views: int) -> list[tuple]:
+    """Stacked tensors (or None where a tower has none) to one tuple per view."""
+    columns = [[None] * views if part is None else part.split(rows) for part in parts]
+    return list(zip(*columns, strict=True))

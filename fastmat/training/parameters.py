@@ -1,0 +1,97 @@
+"""Which parameters train, how they decay, and in which mode the modules stand meanwhile."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastmat.attacks.base import frozen
+from fastmat.errors import UserError, nearest
+from fastmat.models.protocol import TextTokens, VisionLanguageModel
+
+TOWERS = ("image", "text")
+
+
+def trained_parameters(model: VisionLanguageModel, trains: tuple[str, ...]) -> list[nn.Parameter]:
+    """The parameters that the embeddings of the towers in `trains` depend on; the temperature when both train.
+
+    Found by asking autograd, so it holds for any model, and what no output depends on never trains (a wrapper that
+    waits for its gradient would hang). A parameter frozen beforehand stays frozen.
+    Raises UserError for an unknown tower or when nothing is left to train.
+    """
+    assert isinstance(model, nn.Module)
+    for tower in trains:
+        if tower not in TOWERS:
+            raise UserError(f"a defence trains 'image', 'text' or both, not {tower!r}{nearest(tower, TOWERS)}")
+    candidates = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with frozen(model), torch.enable_grad():
+        for parameter in candidates:
+            parameter.requires_grad_(True)
+        outputs = _outputs(model, trains)
+        used = (
+            torch.autograd.grad(outputs, candidates, allow_unused=True) if candidates and outputs.requires_grad else ()
+        )
+    trained = [parameter for parameter, gradient in zip(candidates, used, strict=False) if gradient is not None]
+    if not trained:
+        raise UserError(f"nothing to train: no trainable parameter reaches {' or '.join(trains) or 'a tower'}")
+    return trained
+
+
+def _outputs(model: VisionLanguageModel, trains: tuple[str, ...]) -> Tensor:
+    device = model.logit_scale.device
+    total = torch.zeros((), device=device)
+    if "image" in trains:
+        size = model.image_transform.size
+        total = total + model.encode_image(torch.zeros(1, 3, size, size, device=device)).embeds.sum()
+    if "text" in trains:
+        tokens = model.tokenize(["a"])
+        total = total + model.encode_text(TextTokens(*(part.to(device) for part in tokens))).embeds.sum()
+    if set(trains) == set(TOWERS):
+        total = total + model.logit_scale
+    return total
+
+
+def decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, object]]:
+    """AdamW's parameter groups: matrices decay; biases, norms and the temperature do not."""
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+@contextmanager
+def training_mode(
+    model: nn.Module, trained: list[nn.Parameter], norm_statistics: Literal["fixed", "batch"]
+) -> Iterator[None]:
+    """Train mode with gradients for `trained` only; batch-norm in eval mode when "fixed" or untrained.
+
+    Modes and flags are as before outside.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.train().requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train(norm_statistics == "batch" and any(p.requires_grad for p in module.parameters()))
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@torch.no_grad()
+def clamp_temperature(model: nn.Module) -> None:
+    """Keep the logit scale at 100 or below, as CLIP does."""
+    log_scale = getattr(model, "log_logit_scale", None)
+    if log_scale is not None and log_scale.requires_grad:
+        log_scale.clamp_(max=math.log(100))

@@ -1,0 +1,94 @@
+"""The models behind the recordings, behind fastmat's protocol."""
+
+import os
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from golden import golden
+from open_clip.tokenizer import SimpleTokenizer
+from torch import Tensor, nn
+from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizerFast, CLIPConfig, CLIPModel
+
+from fastmat.models.dual_encoder import DualEncoder
+from fastmat.models.hf_clip import take_apart
+from fastmat.models.protocol import ImageState, TextState, TextTokens
+from fastmat.models.tokenizers import ClipTokenizer
+from fastmat.text.mlm import MaskedLanguageModel
+from fastmat.types import ImageTransform
+
+
+@cache
+def golden_mlm() -> MaskedLanguageModel:
+    """The recorded masked language model with BERT's vocabulary."""
+    return MaskedLanguageModel(model=_load(BertForMaskedLM, BertConfig, "mlm"), tokenizer=bert_tokenizer(), name="mlm")
+
+
+def golden_clip() -> DualEncoder:
+    """The recorded CLIPModel: 64 px, context 77, OpenAI's byte pairs."""
+    clip = _load(CLIPModel, CLIPConfig, "clip_model")
+    tokenizer = ClipTokenizer(SimpleTokenizer(context_length=77))
+    return take_apart(clip, tokenizer, ImageTransform(size=64)).eval()
+
+
+def golden_bert(*, append_sep: bool = False) -> "BertTextEncoder":
+    """The recorded ALBEF-like text encoder; `append_sep` is the recordings' tokenisation `sep`."""
+    config, tensors = golden("text_encoder_bert")
+    bert = BertModel(BertConfig(**config["config"]), add_pooling_layer=False)
+    projection = nn.Linear(32, 32)
+    model = BertTextEncoder(bert, projection, golden_mlm(), append_sep=append_sep).eval()
+    state = {key.replace("text_proj.", "text_projection."): value for key, value in tensors.items()}
+    model.load_state_dict(state)
+    return model
+
+
+class BertTextEncoder(nn.Module):
+    """A text tower alone: tokens are BERT's last hidden state, embeds the projection of its first position."""
+
+    def __init__(self, bert: BertModel, projection: nn.Linear, mlm: MaskedLanguageModel, *, append_sep: bool) -> None:
+        super().__init__()
+        self.bert = bert
+        self.text_projection = projection
+        self.mlm = mlm
+        self.append_sep = append_sep
+        self.context_length = 96
+
+    @property
+    def logit_scale(self) -> Tensor:
+        return self.text_projection.weight.new_ones(())
+
+    def tokenize(self, texts: Sequence[str], *, max_length: int | None = None, pad: bool = False) -> TextTokens:
+        limit = max_length or self.context_length
+        rows = [self.mlm.sequence(self.mlm.pieces(t), append_sep=self.append_sep, max_length=limit) for t in texts]
+        width = limit if pad else max(map(len, rows))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+        return TextTokens(ids, torch.arange(width) < torch.tensor([[len(row)] for row in rows]))
+
+    def encode_text(self, tokens: TextTokens) -> TextState:
+        hidden = self.bert(input_ids=tokens.ids, attention_mask=tokens.mask.long()).last_hidden_state
+        embeds = self.text_projection(hidden[:, 0])
+        return TextState(tokens.ids, tokens.mask, hidden, embeds, F.normalize(embeds, dim=-1))
+
+    def encode_image(self, images: Tensor) -> ImageState:
+        raise NotImplementedError("the recordings have no vision tower beside this text encoder")
+
+
+@cache
+def bert_tokenizer() -> BertTokenizerFast:
+    """bert-base-uncased's vocabulary, which lies beside the recordings."""
+    folder = os.environ.get("FASTMAT_GOLDEN")
+    if not folder:
+        pytest.skip("FASTMAT_GOLDEN is not set: recordings of the published implementations are not at hand")
+    return BertTokenizerFast(vocab=str(Path(folder).parent / "data/vocab/bert-base-uncased-vocab.txt"))
+
+
+def _load(cls: type, config: type, name: str) -> nn.Module:
+    recorded, tensors = golden(name)
+    model = cls(config(**recorded["config"]))
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    tied = {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
+    assert not unexpected and all(key in tied or key.endswith("position_ids") for key in missing), (missing, unexpected)
+    return model.eval()

@@ -22,6 +22,15 @@ Rows = list[list[int]]
 def find_candidates(
     mlm: MaskedLanguageModel,
     captions: Sequence[Words],
+    wanted: Sequence[Sequence[int]],
+    *,
+    top_k: int,
+    threshold: float,
+    quirks: Quirks,
+    max_length: int,
+) -> list[dict[int, tuple[str, ...]]]:
+    """For each caption: word index to its candidates, best first; words without any are left out.
+
     wanted: word indices of each caption, from `attackable`. A word of one piece gets the `top_k` pieces, in order, up
         to the first whose logit is below `threshold`; a word of several gets combinations of pieces, likeliest first.
     max_length: ids of a caption that the language model reads.

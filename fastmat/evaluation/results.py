@@ -21,7 +21,7 @@
     environment: python, torch, fastmat, device, cpu_count, platform
     training (optional): {defence: [{"step", "loss", "pairs_per_s"}, ...]}
 
-`examples.json` is a list of EXAMPLE (see `Example`), pictures inside as base64 PNG.
+`examples.json`: {"chosen": how they were picked, "examples": [see `Example`, ...]}, pictures inside as base64 PNG.
 """
 
 from __future__ import annotations
@@ -134,8 +134,7 @@ class Example(BaseModel):
 
     model_config = STRICT
     image: str
-    defence: str
-    attack: str
+    setting: Setting
     clean: Png
     adversarial: Png
     difference: Png

@@ -332,7 +332,7 @@ with AdversarialSetWriter(Path(sys.argv[1]), plan=plan, ids=ids, shard_images=2)
 
 
 def test_survives_sigkill(tmp_path: Path, plan: Manifest) -> None:
-    (tmp_path / "plan.json").write_text(plan.model_copy(update={"n_images": 400}).model_dump_json())
+    (tmp_path / "plan.json").write_text(plan.model_copy(update={"n_images": 120}).model_dump_json())
     command = [sys.executable, "-c", CHILD, str(tmp_path / "set"), str(tmp_path / "plan.json")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert process.stdout is not None
@@ -342,8 +342,8 @@ def test_survives_sigkill(tmp_path: Path, plan: Manifest) -> None:
     process.send_signal(signal.SIGKILL)
     process.communicate()
     done = Manifest.model_validate_json((tmp_path / "set" / "manifest.json").read_bytes()).n_done
-    assert 18 <= done < 400
+    assert 18 <= done < 120
     output = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.split()
     assert int(output[0]) == done
     stored = AdversarialSet(tmp_path / "set")
-    assert sum((part.pairs.texts for part in stored), ()) == tuple(f"t{i}" for i in range(400))
+    assert sum((part.pairs.texts for part in stored), ()) == tuple(f"t{i}" for i in range(120))

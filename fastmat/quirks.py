@@ -11,7 +11,7 @@
 | `case_sensitive_filters` | False | True: "The" is no stop word, "Dog" -> "dog" counts as a change | BERT-Attack and descendants |
 | `antialias` | True | False: tensor resize of torchvision 0.15 | SGA's scale views |
 | `one_sided_start` | False: start uniform in [-eps, eps] | True: uniform in [0, eps] | Co-Attack, Sep-Attack |
-| `clamp_start` | True: the start lies in the pixel box | False | RobustVLM's PGD |
+| `clamp_start` | True: the start lies in the pixel box | False | RobustVLM's PGD, Co-Attack, Sep-Attack |
 """
 
 from __future__ import annotations

@@ -65,11 +65,7 @@ class CosineToOwn:
 
     def bind(self, model: VisionLanguageModel, batch: Batch, context: AttackContext) -> Bound:
         own = text_features(model, batch.texts)
-        return self.bind_features(own, batch.txt2img)
-
-    def bind_features(self, own: Tensor, txt2img: Tensor) -> Bound:
-        """The same for captions already encoded: own [T, E], txt2img [T]."""
-        return lambda state: -cosine_to_set(state.features, own, txt2img)
+        return lambda state: -cosine_to_set(state.features, own, batch.txt2img)
 
 
 class KLFromClean:

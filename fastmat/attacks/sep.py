@@ -9,9 +9,10 @@ from fastmat.attacks.base import Attack
 from fastmat.attacks.draws import Draws
 from fastmat.attacks.objectives import KLFromClean
 from fastmat.attacks.search import ascend, random_start
-from fastmat.attacks.word_substitution import Representation, WordSubstitution
+from fastmat.attacks.word_substitution import WordSubstitution
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.quirks import Quirks
+from fastmat.text.encoded import Representation
 from fastmat.text.mlm import MaskedLanguageModel
 from fastmat.types import AttackContext, Batch, ThreatModel
 
@@ -56,7 +57,9 @@ class SepAttack(Attack):
     ) -> tuple[Tensor, tuple[str, ...]]:
         texts = self.words.search(model, self.words.plan(model, batch.texts), None)
         value = KLFromClean().bind(model, batch, context)
-        start = random_start(batch, self.threat, draws, one_sided=self.quirks.one_sided_start)
+        start = random_start(
+            batch, self.threat, draws, one_sided=self.quirks.one_sided_start, clamp=self.quirks.clamp_start
+        )
         images = ascend(
             lambda x, step: value(model.encode_image(x)),
             batch.images,

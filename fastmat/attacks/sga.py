@@ -9,11 +9,10 @@ from torch import Tensor
 
 from fastmat.attacks.base import Attack
 from fastmat.attacks.draws import Draws
-from fastmat.attacks.objectives import CosineToOwn
 from fastmat.attacks.search import ascend, random_start
 from fastmat.attacks.word_substitution import WordSubstitution
 from fastmat.models.protocol import VisionLanguageModel
-from fastmat.ops import scale_views
+from fastmat.ops import cosine_to_set, scale_views
 from fastmat.quirks import Quirks
 from fastmat.text.mlm import MaskedLanguageModel
 from fastmat.types import AttackContext, Batch, ThreatModel
@@ -74,16 +73,15 @@ class SGA(Attack):
 
     def attack_images(self, model: VisionLanguageModel, batch: Batch, draws: Draws) -> Tensor:
         """Step 2, against the captions of `batch` as they stand."""
-        own = self.words.encode(model, batch.texts, max_length=self.quirks.mid_max_length).features
-        value = CosineToOwn().bind_features(own, batch.txt2img)
+        own = self.words.features(model, batch.texts, max_length=self.quirks.mid_max_length)
         size = len(batch)
 
         def over_views(x: Tensor, step: int) -> Tensor:
             views = torch.cat([x, *self.scaled(x, batch.index, step, draws)])
             features = model.encode_image(views).features.unflatten(0, (-1, size))
-            return torch.stack([value(f) for f in features]).sum(0)
+            return -cosine_to_set(features.sum(0), own, batch.txt2img)  # linear: the views' cosines add up
 
-        start = random_start(batch, self.threat, draws, clamp=True)
+        start = random_start(batch, self.threat, draws)
         return ascend(over_views, batch.images, start, threat=self.threat, steps=self.steps, step_size=self.step_size)
 
     def scaled(self, x: Tensor, index: Tensor, step: int, draws: Draws) -> Sequence[Tensor]:

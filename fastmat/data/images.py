@@ -11,7 +11,7 @@ from PIL import Image
 from fastmat.errors import UserError
 
 # Decoders that need no other program; Pillow's EPS reader, for one, would start Ghostscript on a stranger's file.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 
 # 8,192 x 8,192 in RGB is 192 MiB per worker. Below the size at which Pillow itself warns of a decompression bomb.
 MAX_PIXELS = 2**26

@@ -1,0 +1,337 @@
+"""From names and arguments to objects: the one place that knows concrete classes.
+
+To add a component, write its file and one line in a registry here; its arguments, their types and their defaults are
+those of its constructor. Config objects end here: classes receive plain values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import typing
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from fastmat.attacks.base import Attack
+from fastmat.attacks.objectives import Objective
+from fastmat.data.retrieval import RetrievalSet, read_retrieval_set
+from fastmat.defences.base import Defence
+from fastmat.defences.mat import TextSearch
+from fastmat.errors import UserError, nearest
+from fastmat.models.protocol import VisionLanguageModel
+from fastmat.quirks import Quirks
+from fastmat.types import ThreatModel
+
+if typing.TYPE_CHECKING:
+    from fastmat.text.mlm import MaskedLanguageModel
+
+# Names, not imports: a run that attacks with PGD does not wait for the libraries of every other component.
+MODELS = {
+    "open_clip": "fastmat.models.open_clip:load_open_clip",
+    "hf_clip": "fastmat.models.hf_clip:load_hf_clip",
+    "small": "fastmat.models.small:small_clip",
+    "tiny": "fastmat.models.tiny:tiny_clip",
+}
+ATTACKS = {
+    "pgd": "fastmat.attacks.pgd:PGD",
+    "bert_attack": "fastmat.attacks.bert_attack:BertAttack",
+    "sep": "fastmat.attacks.sep:SepAttack",
+    "sga": "fastmat.attacks.sga:SGA",
+}
+OBJECTIVES = {
+    "contrastive": "fastmat.attacks.objectives:Contrastive",
+    "cosine": "fastmat.attacks.objectives:CosineToOwn",
+    "kl": "fastmat.attacks.objectives:KLFromClean",
+    "squared_l2": "fastmat.attacks.objectives:SquaredL2FromClean",
+}
+DEFENCES = {
+    "finetune": "fastmat.defences.finetune:FineTune",
+    "tecoa_itr": "fastmat.defences.tecoa_itr:TeCoAITR",
+    "fare": "fastmat.defences.fare:FARE",
+    "mat": "fastmat.defences.mat:MAT",
+}
+TEXT_SEARCHES = {"word_substitution": "fastmat.attacks.word_substitution:WordSubstitution"}
+DATASETS = {
+    "json": "fastmat.build:json_set",
+    "digits": "fastmat.data.digits:digits_set",
+}
+
+# A parameter of one of these types is itself a component.
+SEAMS: dict[type, Mapping[str, str]] = {Objective: OBJECTIVES, TextSearch: TEXT_SEARCHES}
+Given = Mapping[str, Callable[[], object]]
+# Made from other sections, so no argument of a component: `max_words` stands in `threat`, with the rest of the budget.
+RESERVED = frozenset({"threat", "max_words", "mlm", "teacher", "quirks"})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Component:
+    """A name out of a registry and the arguments of its constructor."""
+
+    name: str
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, value: object, registry: Mapping[str, str]) -> Component:
+        """From `sga` or `{name: sga, steps: 10}`. Raises UserError on a name that `registry` lacks."""
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+            raise UserError(f"expected a name or {{name: ..., argument: ...}}, got {value!r}")
+        if value["name"] not in registry:
+            raise UserError(f"unknown name '{value['name']}'{nearest(value['name'], registry)}")
+        return cls(name=value["name"], arguments={str(k): item for k, item in value.items() if k != "name"})
+
+    def plain(self) -> dict[str, Any]:
+        """As it stands in a config file."""
+        return {"name": self.name, **self.arguments}
+
+
+def at(where: str, message: object) -> UserError:
+    return UserError(f"{where}: {message}" if where else str(message))
+
+
+def locate(path: str) -> Callable[..., Any]:
+    """The class or function at "module:name"."""
+    module, name = path.split(":")
+    return typing.cast("Callable[..., Any]", getattr(import_module(module), name))
+
+
+def parameters_of(factory: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
+    """Name -> (annotation, default) of what a config may set; the default is `inspect.Parameter.empty` if required."""
+    hints = typing.get_type_hints(factory.__init__ if isinstance(factory, type) else factory)  # type: ignore[misc]
+    signature = inspect.signature(factory).parameters
+    return {name: (hints[name], signature[name].default) for name in signature if name not in reserved(factory)}
+
+
+def reserved(factory: Callable[..., Any]) -> frozenset[str]:
+    """The threat model and the quirks are the two settings whose own fields a config does set."""
+    return frozenset() if factory in (ThreatModel, Quirks) else RESERVED
+
+
+def check(factory: Callable[..., Any], arguments: Mapping[str, Any], *, where: str) -> None:
+    """Raise UserError on unknown names and on values of another type; nothing is loaded."""
+    convert(factory, arguments, where=where, given=None)
+
+
+def construct(
+    factory: Callable[..., Any], arguments: Mapping[str, Any], *, where: str, given: Given | None = None
+) -> Any:
+    """Call `factory` with `arguments`, checked and converted by its own signature.
+
+    given: makes what other sections describe (the threat model, the masked language model, ...), called only when the
+        factory has a parameter of that name. where: the section's name, for errors.
+
+    Raises UserError on unknown or missing arguments and on values of another type.
+    """
+    given = given or {}
+    values = convert(factory, arguments, where=where, given=given)
+    signature = inspect.signature(factory).parameters
+    for name, parameter in signature.items():
+        if name in values:
+            continue
+        if name in given:
+            values[name] = given[name]()
+        elif parameter.default is inspect.Parameter.empty:
+            raise at(where, f"'{name}' is missing")
+    try:
+        return factory(**values)
+    except UserError as error:
+        raise at(where, error) from error
+
+
+def convert(
+    factory: Callable[..., Any], arguments: Mapping[str, Any], *, where: str, given: Given | None
+) -> dict[str, Any]:
+    """`arguments` as `factory` wants them; without `given`, components inside are checked and not made."""
+    known = parameters_of(factory)
+    values = {}
+    for name, value in arguments.items():
+        if name in reserved(factory):
+            section = "threat" if name == "max_words" else name
+            raise at(where, f"'{name}' is not set here but in '{section}'")
+        if name not in known:
+            raise at(where, f"unknown key '{name}'{nearest(name, known)}")
+        values[name] = converted(value, known[name][0], where=f"{where}.{name}".lstrip("."), given=given)
+    return values
+
+
+def converted(value: Any, annotation: Any, *, where: str, given: Given | None) -> Any:
+    """Components and settings are built, fractions read, everything else is pydantic's."""
+    kinds = [kind for kind in (annotation, *typing.get_args(annotation)) if isinstance(kind, type)]
+    seam = next((SEAMS[kind] for kind in kinds if kind in SEAMS), None)
+    if seam is not None and value is not None:
+        component = parse(value, seam, where=where)
+        return component if given is None else build(seam, component, where=where, given=given)
+    adapter: TypeAdapter[Any] = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        try:
+            return adapter.validate_python(numbers(value))
+        except ValidationError:
+            raise at(where, sentence(error)) from error
+
+
+def parse(value: object, registry: Mapping[str, str], *, where: str) -> Component:
+    """A component whose name and arguments have been checked."""
+    try:
+        component = Component.parse(value, registry)
+    except UserError as error:
+        raise at(where, error) from error
+    arguments = dict(component.arguments)
+    if registry is MODELS:
+        arguments.pop("weights", None)
+    if registry is ATTACKS or registry is DEFENCES:
+        arguments, _ = split_quirks(arguments, where=where)
+    check(locate(registry[component.name]), arguments, where=where)
+    return component
+
+
+def sentence(error: ValidationError) -> str:
+    """pydantic's first complaint, in one line."""
+    first = error.errors()[0]
+    inner = first.get("ctx", {}).get("error")
+    return str(inner) if isinstance(inner, UserError) else f"{first['msg'].lower()}, got {first['input']!r}"
+
+
+def number(value: Any) -> Any:
+    """A fraction such as "2/255" as a float; anything else as it is."""
+    match = re.fullmatch(r"\s*([-+\d.eE]+)\s*/\s*([\d.eE]+)\s*", value) if isinstance(value, str) else None
+    if match is None:
+        return value
+    try:
+        return float(match[1]) / float(match[2])
+    except (ValueError, ZeroDivisionError) as error:
+        raise UserError(f"'{value}' is not a fraction") from error
+
+
+def numbers(value: Any) -> Any:
+    """`number` on everything inside."""
+    if isinstance(value, Mapping):
+        return {key: numbers(item) for key, item in value.items()}
+    return [numbers(item) for item in value] if isinstance(value, list | tuple) else number(value)
+
+
+def build(registry: Mapping[str, str], component: Component, *, where: str, given: Given | None = None) -> Any:
+    """The component, made by the factory that `registry` names."""
+    return construct(locate(registry[component.name]), component.arguments, where=where, given=given)
+
+
+def build_threat(arguments: Mapping[str, Any], *, where: str = "threat") -> ThreatModel:
+    return typing.cast("ThreatModel", construct(ThreatModel, arguments, where=where))
+
+
+def build_model(
+    component: Component, *, where: str = "model", device: torch.device | str = "cpu"
+) -> VisionLanguageModel:
+    """A model in eval mode; `weights: FILE` loads weights that fastmat saved on top of any of them."""
+    arguments = dict(component.arguments)
+    weights = arguments.pop("weights", None)
+    model = construct(locate(MODELS[component.name]), arguments, where=where)
+    if weights is not None:
+        from fastmat.models.weights import load_weights
+
+        load_weights(model, Path(weights))
+    return typing.cast("VisionLanguageModel", model.to(device).eval())
+
+
+def build_mlm(folder: Path | None, *, device: torch.device | str = "cpu") -> MaskedLanguageModel:
+    """The masked language model behind every text attack. Raises UserError when there is none."""
+    from fastmat.text.mlm import MaskedLanguageModel
+
+    if folder is None:
+        raise UserError("this attack substitutes words: set mlm to the folder of a transformers BertForMaskedLM")
+    return MaskedLanguageModel.load(folder).to(device)
+
+
+def build_attack(
+    component: Component, *, threat: ThreatModel, mlm: Callable[[], object], seed: int, where: str = "attack"
+) -> Attack:
+    """An attack; `parity: official` sets every published quirk, `quirks: {...}` single ones on top.
+
+    mlm: loads the masked language model, called only by an attack on words.
+    """
+    arguments, quirks = split_quirks(component.arguments, where=where)
+    given = given_of(threat=threat, mlm=mlm, quirks=quirks, seed=seed)
+    return typing.cast("Attack", construct(locate(ATTACKS[component.name]), arguments, where=where, given=given))
+
+
+def build_defence(
+    component: Component,
+    *,
+    teacher: VisionLanguageModel,
+    threat: ThreatModel,
+    mlm: Callable[[], object],
+    seed: int,
+    where: str = "defence",
+) -> Defence:
+    """A defence; teacher: the model before training, of which a defence that needs one keeps a frozen copy."""
+    arguments, quirks = split_quirks(component.arguments, where=where)
+    given = {"teacher": lambda: teacher, **given_of(threat=threat, mlm=mlm, quirks=quirks, seed=seed)}
+    return typing.cast("Defence", construct(locate(DEFENCES[component.name]), arguments, where=where, given=given))
+
+
+def given_of(*, threat: ThreatModel, mlm: Callable[[], object], quirks: Quirks, seed: int) -> Given:
+    """What every part of an attack may ask for."""
+    given: dict[str, Callable[[], object]] = {
+        "threat": lambda: threat,
+        "max_words": lambda: threat.max_words,
+        "mlm": mlm,
+        "quirks": lambda: quirks,
+        "seed": lambda: seed,
+    }
+    default = Component(name="word_substitution")
+    given["text_search"] = lambda: build(TEXT_SEARCHES, default, where="text_search", given=given)
+    return given
+
+
+def split_quirks(arguments: Mapping[str, Any], *, where: str) -> tuple[dict[str, Any], Quirks]:
+    """The arguments of an attack without `parity` and `quirks`, and the quirks that these two describe."""
+    rest = dict(arguments)
+    parity, changes = rest.pop("parity", "correct"), rest.pop("quirks", {})
+    if parity not in ("correct", "official"):
+        raise at(where, f"parity must be 'correct' or 'official', got {parity!r}")
+    if not isinstance(changes, Mapping):
+        raise at(where, f"quirks must be {{name: value}}, got {changes!r}")
+    preset = Quirks.official() if parity == "official" else Quirks()
+    return rest, preset.but(**convert(Quirks, changes, where=f"{where}.quirks".lstrip("."), given={}))
+
+
+def build_data(component: Component, *, limit: int | None = None, where: str = "data") -> RetrievalSet:
+    """A retrieval set, its first `limit` images."""
+    dataset = build(DATASETS, component, where=where)
+    return typing.cast("RetrievalSet", dataset if limit is None else dataset.take(limit))
+
+
+def json_set(
+    *,
+    annotations: Path,
+    images: Path,
+    title: str,
+    split: str,
+    captions: typing.Literal["none", "albef", "blip"] = "none",
+) -> RetrievalSet:
+    """A JSON list in the ALBEF/Karpathy format and a folder of images.
+
+    title, split: as the tables shall name them. captions: pre-processing.
+    """
+    return read_retrieval_set(annotations, images, name=title, split=split, captions=captions)
+
+
+def resolve_device(name: str) -> torch.device:
+    """ "auto" is a GPU when there is one. Raises UserError on a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device: '{name}' is no device; write auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device: '{name}' is not here; this machine has {torch.cuda.device_count()} CUDA devices")
+    return device

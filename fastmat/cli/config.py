@@ -1,0 +1,173 @@
+"""What may stand in a config file: one frozen pydantic model per command, unknown keys refused.
+
+Paths are relative to the working directory; every float may be written as a fraction (`2/255`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic_core import CoreSchema, core_schema
+
+from fastmat.build import ATTACKS, DATASETS, DEFENCES, MODELS, Component, check, locate, number, parse
+from fastmat.errors import UserError, nearest
+
+
+class Section(BaseModel):
+    """A group of keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def known_keys(cls, data: Any) -> Any:
+        """An unknown key is answered with the nearest known one."""
+        for key in data if isinstance(data, Mapping) else ():
+            if key not in cls.model_fields:
+                raise UserError(f"unknown key '{key}'{nearest(str(key), cls.model_fields)}")
+        return data
+
+
+@dataclass(frozen=True, eq=False)
+class OneOf:
+    """Marks a component out of `registry`, called `title` in the help; name and arguments are checked."""
+
+    title: str
+    registry: Mapping[str, str]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self.read)
+
+    def read(self, value: Any) -> Component:
+        return value if isinstance(value, Component) else parse(value, self.registry, where="")
+
+
+@dataclass(frozen=True, eq=False)
+class Fields:
+    """Marks the arguments of one class ("module:name"), checked by its signature and listed in the help."""
+
+    factory: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self.read)
+
+    def read(self, value: Any) -> dict[str, Any]:
+        if not isinstance(value, Mapping):
+            raise UserError(f"expected {{key: value}}, got {value!r}")
+        arguments = {str(key): item for key, item in value.items()}
+        check(locate(self.factory), arguments, where="")
+        return arguments
+
+
+Number = Annotated[float, BeforeValidator(number)]
+Label = Annotated[str, Field(pattern=r"^[\w.+-]+$")]
+Model = Annotated[Component, OneOf("models", MODELS)]
+Data = Annotated[Component, OneOf("data sets", DATASETS)]
+AttackChoice = Annotated[Component, OneOf("attacks", ATTACKS)]
+DefenceChoice = Annotated[Component, OneOf("defences", DEFENCES)]
+Settings = Annotated[dict[str, Any], Fields("fastmat.training.settings:TrainSettings")]
+
+# Keys that several commands have.
+Threat = Annotated[dict[str, Any], Fields("fastmat.types:ThreatModel"), Field(description="the budgets of the attack")]
+Mlm = Annotated[Path | None, Field(description="folder of a transformers BertForMaskedLM; attacks on words need it")]
+Seed = Annotated[int, Field(ge=0, description="of every random draw")]
+Device = Annotated[str, Field(description="auto (a GPU when there is one), cpu, cuda or cuda:N")]
+EvalBatch = Annotated[int, Field(gt=0, description="images at a time; changes no result")]
+TrainBatch = Annotated[int, Field(gt=0, description="images per step, all processes together")]
+Captions = Annotated[int, Field(gt=0, description="captions drawn per image and step")]
+Workers = Annotated[int, Field(ge=0, description="processes that decode images")]
+Limit = Annotated[int | None, Field(gt=0, description="use the first N images only")]
+Shown = Annotated[int, Field(ge=0, description="images in the report's gallery")]
+
+
+class AttackConfig(Section):
+    """`fastmat attack`."""
+
+    model: Model = Field(description="the surrogate, whose gradients are used")
+    data: Data = Field(description="images and captions to attack")
+    mlm: Mlm = None
+    threat: Threat = {}
+    attack: AttackChoice = Field(description="the attack")
+    seed: Seed = 0
+    device: Device = "auto"
+    batch_size: EvalBatch = 32
+    workers: Workers = 0
+    limit: Limit = None
+    shard_size: int = Field(256, gt=0, description="images per file of the adversarial set")
+
+
+class TrainConfig(Section):
+    """`fastmat train`."""
+
+    model: Model = Field(description="where training starts")
+    data: Data = Field(description="training images and captions")
+    mlm: Mlm = None
+    threat: Threat = {}
+    defence: DefenceChoice = Field(description="the defence")
+    train: Settings = Field(description="steps, optimiser, precision, checkpoints; its seed is the run's by default")
+    seed: Seed = 0
+    batch_size: TrainBatch = 128
+    captions_per_image: Captions = 1
+    workers: Workers = 0
+    limit: Limit = None
+
+
+class Victim(Section):
+    """A model to judge."""
+
+    model: Model = Field(description="the model")
+    defence: Label = Field("none", description="how it was hardened, as the table shall say")
+
+
+class EvalConfig(Section):
+    """`fastmat eval`."""
+
+    victims: dict[Label, Victim] = Field(min_length=1, description="models to judge, one by one, by label")
+    surrogate: Model | None = Field(None, description="whose gradients are used; null: each victim's own (white box)")
+    data: Data = Field(description="images and captions to rank")
+    mlm: Mlm = None
+    threat: Threat = {}
+    attacks: dict[Label, AttackChoice] = Field({}, description="attacks to run, by label; the last one is illustrated")
+    sets: tuple[Path, ...] = Field((), description="folders that `fastmat attack` wrote, judged as they are")
+    eps: tuple[Number, ...] = Field((), description="more radii for attacks on images: the robustness curve")
+    seed: Seed = 0
+    device: Device = "auto"
+    batch_size: EvalBatch = 32
+    workers: Workers = 0
+    limit: Limit = None
+    examples: Shown = 8
+    resamples: int = Field(1000, gt=0, description="bootstrap resamples behind the 95 % intervals")
+
+
+class Harden(Section):
+    """The quickstart's defences, which share start, steps and optimiser."""
+
+    train: Settings = Field(description="steps, optimiser, precision: the same for every defence")
+    defences: dict[Label, DefenceChoice] = Field(min_length=1, description="defences, by label")
+
+
+class QuickstartConfig(Section):
+    """`fastmat quickstart`: train a masked language model and a small dual encoder, harden it, judge all."""
+
+    model: Model = Field(description="the dual encoder; the words of the training captions are its vocabulary")
+    seed: Seed = 0
+    mlm_steps: int = Field(gt=0, description="training steps of the masked language model")
+    batch_size: TrainBatch = 128
+    captions_per_image: Captions = 1
+    pretrain: Settings = Field(description="plain training from random weights")
+    harden: Harden = Field(description="what follows, for every defence from the same pre-trained weights")
+    threat: Threat = {}
+    choose_eps: tuple[Number, ...] = Field(min_length=1, description="radii to choose from, ascending")
+    choose_by: Label = Field(description="the attack that chooses, a label of attacks")
+    choose_on: Label = Field(description="the model it is chosen on, a label of harden.defences")
+    broken_below: Number = Field(description="the first radius at which validation TR@1 is at most this is taken")
+    validation_images: int = Field(gt=0, description="images of the validation split used for the choice")
+    test_images: Limit = None
+    attacks: dict[Label, AttackChoice] = Field(min_length=1, description="attacks on the test split, by label")
+    curve: tuple[Number, ...] = Field((), description="more radii on the test split, for the robustness curve")
+    examples: Shown = 8
+    short: dict[str, Any] = Field({}, description="dotted key: value, what --short overrides")

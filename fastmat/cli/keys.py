@@ -1,0 +1,127 @@
+"""The help of a command's config keys, read from its schema and from the signatures of what it may name."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Iterator
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from pydantic_core import PydanticUndefined
+
+from fastmat.build import OBJECTIVES, RESERVED, SEAMS, TEXT_SEARCHES, locate, parameters_of, reserved
+from fastmat.cli.config import Fields, OneOf, Section
+from fastmat.defences.mat import TextSearch
+
+DEFAULTED = (TextSearch,)  # `fastmat.build.given_of` makes one when a config names none
+
+
+def describe(schema: type[Section]) -> str:
+    """Every key with type, default and meaning; then every component with its arguments and its own words."""
+    lines = ["config keys (a file given as CONFIG, key=value on top; floats may be fractions such as 2/255):", ""]
+    registries: list[OneOf] = []
+    for key, annotation, default, meaning in keys_of(schema):
+        lines.append(f"  {key}: {type_name(annotation)}{default_text(default)}")
+        lines += textwrap.wrap(meaning, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        marks = list(marks_of(annotation))
+        registries += [mark for mark in marks if isinstance(mark, OneOf) and mark not in registries]
+        for mark in marks:
+            if isinstance(mark, Fields):
+                lines += [f"    {line}" for line in arguments_of(mark.factory, prefix=f"{key}.")]
+    for registry in registries:
+        lines += ["", f"{registry.title}:"]
+        for name, factory in registry.registry.items():
+            lines += component_help(name, factory)
+        if registry.title in ("attacks", "defences"):
+            lines += ["  every one of them also takes: parity=correct|official, quirks={name: value}"]
+        if registry.title == "models":
+            lines += ["  every one of them also takes: weights=FILE, which `fastmat train` wrote"]
+    if any(registry.title in ("attacks", "defences") for registry in registries):
+        lines += ["", "quirks:", *(f"  {line}" for line in arguments_of("fastmat.quirks:Quirks", prefix=""))]
+        for title, parts in (("objectives", OBJECTIVES), ("text searches", TEXT_SEARCHES)):
+            lines += ["", f"{title}:"]
+            for name, factory in parts.items():
+                lines += component_help(name, factory)
+    return "\n".join(lines)
+
+
+def keys_of(schema: type[Section], prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
+    """(dotted key, annotation, default, meaning), sections inside sections unrolled."""
+    hints = get_type_hints(schema, include_extras=True)
+    for name, field in schema.model_fields.items():
+        inner = section_in(hints[name])
+        yield f"{prefix}{name}", hints[name], field.get_default(call_default_factory=True), field.description or ""
+        if inner is not None:
+            label = ".LABEL" if get_origin(hints[name]) is dict else ""
+            yield from keys_of(inner, f"{prefix}{name}{label}.")
+
+
+def component_help(name: str, factory: str) -> list[str]:
+    """Name, arguments with types and defaults, and the docstring."""
+    made = locate(factory)
+    lines = [f"  {name}", *(f"    {line}" for line in arguments_of(factory, prefix=""))]
+    return lines + [f"      {line}".rstrip() for line in (inspect.getdoc(made) or "").splitlines()]
+
+
+def arguments_of(factory: str, *, prefix: str) -> list[str]:
+    made = locate(factory)
+    return [
+        f"{prefix}{name}: {type_name(annotation)}{'' if annotation in DEFAULTED else default_text(default)}"
+        for name, (annotation, default) in parameters_of(made).items()
+        if name not in reserved(made) & RESERVED
+    ]
+
+
+def section_in(annotation: Any) -> type[Section] | None:
+    """The section inside `X`, `X | None` or `dict[str, X]`."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := section_in(part))), None)
+
+
+def marks_of(annotation: Any) -> Iterator[OneOf | Fields]:
+    """The marks at any depth of an annotation."""
+    if isinstance(annotation, OneOf | Fields):
+        yield annotation
+    for part in get_args(annotation):
+        yield from marks_of(part)
+
+
+def type_name(annotation: Any) -> str:
+    """As one would write it: `float`, `one of pgd, sga`, `list of float`."""
+    if get_origin(annotation) is Annotated:
+        inner, *marks = get_args(annotation)
+        named = next((m for m in marks if isinstance(m, OneOf)), None)
+        return f"one of {', '.join(named.registry)}" if named else type_name(inner)
+    if isinstance(annotation, type) and annotation in SEAMS:
+        return f"one of {', '.join(SEAMS[annotation])}"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return "section"
+    arguments = get_args(annotation)
+    origin = get_origin(annotation)
+    if origin is dict:
+        return f"label: {type_name(arguments[1])}" if arguments[1] is not Any else "section"
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return f"list of {type_name(arguments[0])}"
+    if arguments and origin is not None and not str(annotation).startswith("typing.Literal"):
+        if type(None) in arguments:
+            return " or ".join([*(type_name(a) for a in arguments if a is not type(None)), "null"])
+        return str(annotation).replace("typing.", "").replace("collections.abc.", "")
+    if arguments:
+        return " | ".join(repr(a) for a in arguments)
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+
+
+def default_text(default: Any) -> str:
+    if default is PydanticUndefined or default is inspect.Parameter.empty:
+        return " (required)"
+    if default in ({}, ()):
+        return ""
+    return f" = {'null' if default is None else fraction_text(default)}"
+
+
+def fraction_text(value: Any) -> str:
+    """Radii and steps below one half as the multiples of 1/255 they are."""
+    if isinstance(value, float) and 0 < value < 0.5 and abs(value * 255 - round(value * 255)) < 1e-9:
+        return f"{round(value * 255)}/255"
+    return str(value)

@@ -1,0 +1,76 @@
+"""`fastmat COMMAND ...`: one line of help per command, one sentence per mistake.
+
+Exit codes: 0 done, 2 the user's mistake, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+
+from fastmat.cli.parser import Parser
+from fastmat.errors import UserError
+
+COMMANDS = {
+    "quickstart": "attack, harden, evaluate and report on built-in data, in minutes and without a download",
+    "attack": "write a set of adversarial images and captions",
+    "train": "harden a model, or fine-tune it",
+    "eval": "rank images and captions, clean and attacked; write results.json and report.html",
+    "report": "draw report.html again from a results folder",
+    "env": "show versions and devices",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            quiet()
+        try:
+            return run(words)
+        except UserError as error:
+            print(f"fastmat: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt as error:
+            print(f"fastmat: interrupted; {error or 'nothing more was written'}", file=sys.stderr)
+            return 130
+
+
+def run(words: Sequence[str]) -> int:
+    """Find the command, import only it, and run it."""
+    listing = "\n".join(f"  {name:<12}{text}" for name, text in COMMANDS.items())
+    parser = Parser(
+        prog="fastmat",
+        usage="fastmat COMMAND ... (fastmat COMMAND --help explains one)",
+        description=f"Attack and harden vision-language models.\n\ncommands:\n{listing}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=list(COMMANDS), metavar="COMMAND", help="one of the above")
+    if not words:
+        parser.print_help()
+        return 2
+    command = parser.parse_args(words[:1]).command
+    module = import_module(f"fastmat.cli.{command}")
+    parser = Parser(
+        prog=f"fastmat {command}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    module.run(parser.parse_args(words[1:]))
+    return 0
+
+
+def quiet() -> None:
+    """The libraries' deprecations are no news to a user; `python -W default -m ...` brings them back."""
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger().setLevel(logging.ERROR)

@@ -1,0 +1,40 @@
+"""Results as a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastmat.evaluation.results import Row
+
+HEADER = ("victim", "defence", "attack", "eps", "words", "TR@1", "IR@1", "ASR TR@1", "ASR IR@1")
+
+
+def table(rows: Sequence[Row]) -> str:
+    """One line per row, in percent; recalls at 1 with their 95 % interval."""
+    lines = [HEADER, *(cells(row) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    clean = row.attack == "none"
+    return (
+        row.victim if row.victim == row.surrogate else f"{row.victim} (from {row.surrogate})",
+        row.defence,
+        row.attack,
+        "-" if clean else f"{row.threat.eps * 255:g}/255" if row.threat.norm == "linf" else f"{row.threat.eps:g} (l2)",
+        "-" if clean else str(row.threat.max_words),
+        *(with_interval(row, metric) for metric in ("tr@1", "ir@1")),
+        *(percent(row.value(metric)) for metric in ("asr_tr@1", "asr_ir@1")),
+    )
+
+
+def with_interval(row: Row, metric: str) -> str:
+    low, high = row.ci[metric]
+    return f"{percent(row.value(metric))} [{low:.1f}, {high:.1f}]"
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"

@@ -1,0 +1,69 @@
+"""Harden a model by a defence, or fine-tune it without one. Resumable, bit for bit on a CPU.
+
+fastmat train clip-vit-b16-flickr30k-train --out runs/mat
+accelerate launch $(which fastmat) train clip-vit-b16-flickr30k-train --out runs/mat
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from fastmat.build import build_data, build_defence, build_mlm, build_model, build_threat, construct
+from fastmat.cli.common import Interrupted, add_config_arguments, check_out, split_settings
+from fastmat.cli.config import TrainConfig
+from fastmat.cli.keys import describe
+from fastmat.cli.load import load_config, plain
+from fastmat.cli.parser import Parser
+from fastmat.data.loader import TrainingBatches
+from fastmat.training import interrupt
+from fastmat.training.loop import TrainReport, train
+from fastmat.training.settings import TrainSettings
+
+
+def add_arguments(parser: Parser) -> None:
+    add_config_arguments(parser, resume=True)
+    parser.keys = partial(describe, TrainConfig)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    source, overrides = split_settings(arguments)
+    config = load_config(TrainConfig, source, overrides)
+    report = train_model(config, arguments.out, resume=arguments.resume)
+    print(f"{report.steps} steps of {config.defence.name}, {report.pairs_per_s:.1f} pairs/s: {report.weights}")
+
+
+def train_model(config: TrainConfig, out: Path, *, resume: bool = False) -> TrainReport:
+    """Train as `config` says; `out/model.safetensors` are the weights."""
+    threat = build_threat(config.threat)
+    settings = construct(TrainSettings, config.train, where="train", given={"seed": lambda: config.seed})
+    check_out(out, resume=resume)
+    accelerator = Accelerator(mixed_precision="no")
+    dataset = build_data(config.data, limit=config.limit)
+    model = build_model(config.model)
+    defence = build_defence(
+        config.defence,
+        teacher=model,
+        threat=threat,
+        mlm=lambda: build_mlm(config.mlm, device=accelerator.device),
+        seed=config.seed,
+    )
+    batches = TrainingBatches(
+        dataset,
+        model.image_transform,
+        batch_size=config.batch_size,
+        captions_per_image=config.captions_per_image,
+        seed=config.seed,
+        workers=config.workers,
+    )
+    told = {key: value for key, value in plain(config).items() if key not in ("train", "workers")}
+    told["data_fingerprint"] = dataset.fingerprint()
+    try:
+        return train(
+            model, defence, batches, settings=settings, out=out, resume=resume, config=told, accelerator=accelerator
+        )
+    except interrupt.Interrupted as stopped:
+        raise Interrupted(f"saved in {stopped.checkpoint}; the same command with --resume goes on") from stopped

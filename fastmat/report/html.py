@@ -1,0 +1,54 @@
+"""`results.json` and `examples.json` to one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from fastmat.evaluation.results import Examples, Results, read_examples, read_results, write_atomic
+from fastmat.report.labels import attack_name, budget, defence_name, marked_words, radius, source
+from fastmat.report.plots import attacks_plot, eps_plot, training_plot
+from fastmat.report.tables import COLUMNS, tables
+
+
+def write_report(folder: Path) -> Path:
+    """`folder/report.html` of `folder/results.json` and, where there is one, `folder/examples.json`.
+
+    Written as a whole or not at all. Raises UserError when a file is missing or does not follow its schema.
+    """
+    results = read_results(folder / "results.json")
+    path = folder / "examples.json"
+    examples = read_examples(path) if path.exists() else Examples(chosen="", examples=[])
+    return write_atomic(folder / "report.html", render(results, examples).encode())
+
+
+def render(results: Results, examples: Examples) -> str:
+    """The page. Every text out of the data is escaped: captions and names are not trusted."""
+    page = Environment(
+        loader=PackageLoader("fastmat.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page.filters |= {"attack_name": attack_name, "defence_name": defence_name, "source": source}
+    page.globals |= {"marked_words": marked_words, "radius": radius, "budget": budget}
+    made = tables(results.rows)
+    return page.get_template("report.html.jinja").render(
+        style=resources.files("fastmat.report").joinpath("style.css").read_text(),
+        tables=made,
+        columns=COLUMNS,
+        plots=[{"attacks": attacks_plot(table.rows), "eps": eps_plot(table.rows)} for table in made],
+        training=training_plot(results.training),
+        examples=examples,
+        config=pretty(results.config),
+        environment=results.environment,
+    )
+
+
+def pretty(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)

@@ -45,6 +45,8 @@ def read_image(path: Path, *, where: str = "") -> Image.Image:
     except Image.UnidentifiedImageError:
         raise UserError(f"{name}: not a picture; expected one of {', '.join(FORMATS)}") from None
     except Exception as error:  # decoders raise nearly anything on a damaged file
+        if isinstance(error, OSError) and error.strerror:
+            raise UserError(f"{name}: cannot be read ({error.strerror})") from None
         raise UserError(f"{name}: cannot be decoded ({error}); the file is damaged, fetch it again") from None
 
 

@@ -15,6 +15,8 @@ OPPOSITE = {
     "upper left of": "lower right of",
     "lower left of": "upper right of",
 }
+# Where the first object lies, seen from the second.
+OFFSET = {"left of": (-1, 0), "above": (0, -1), "upper left of": (-1, -1), "lower left of": (-1, 1)}
 
 
 def distance(a: Description, b: Description) -> int:
@@ -58,51 +60,38 @@ def test_training_has_several_renderings_per_description() -> None:
     assert any(np.asarray(found.load(0)).tobytes() != np.asarray(found.load(i)).tobytes() for i in range(1, 4))
 
 
-def told(caption: str) -> tuple[list[str], list[str], tuple[int, int]]:
-    """Read a caption back: digits and colours in spoken order, and where the second spoken object's partner lies.
+def told(caption: str) -> tuple[tuple[str, str], tuple[int, int], tuple[str, str]]:
+    """Read a caption back: the object that the relation is said of, where it lies seen from the other, the other.
 
-    The direction (x, y) is that of the object the relation is said of, seen from the other one; x grows to the right,
-    y downwards.
+    Objects are (digit, colour); x grows to the right, y downwards.
     """
     words = caption.split()
     across = {"left": -1, "right": 1}
     along = dict.fromkeys(("above", "over", "higher", "upper", "top"), -1)
     along |= dict.fromkeys(("below", "under", "beneath", "lower", "bottom"), 1)
-    x = next((across[w] for w in words if w in across), 0)
-    y = next((along[w] for w in words if w in along), 0)
-    return [w for w in words if w in DIGITS], [w for w in words if w in COLOURS], (x, y)
+    x = next((across[word] for word in words if word in across), 0)
+    y = next((along[word] for word in words if word in along), 0)
+    digit = [word for word in words if word in DIGITS]
+    colour = [word for word in words if word in COLOURS]
+    first, second = zip(digit, colour, strict=True)
+    fronted = words.index(digit[0]) > min(words.index(word) for word in words if word in across or word in along)
+    second_is_placed = fronted or " has " in caption or f"{digit[0]} and " in caption
+    return (second, (x, y), first) if second_is_placed else (first, (x, y), second)
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_captions_are_unique_and_say_exactly_their_description(split: str) -> None:
     found, labels = digits_set(split), digits_labels(split)  # type: ignore[arg-type]
-    captions = [c for own in dict.fromkeys(found.captions) for c in own]
+    captions = [caption for own in dict.fromkeys(found.captions) for caption in own]
     assert len(captions) == len(set(captions)) == 5 * len(set(found.group))
-    where = {"left of": (-1, 0), "above": (0, -1), "upper left of": (-1, -1), "lower left of": (-1, 1)}
     for own, label in zip(found.captions, labels, strict=True):
-        assert len({c.split()[0] + " ".join(sorted(c.split())) for c in own}) == 5  # in words and their order
+        assert len({" ".join(sorted(caption.split())) for caption in own}) == 5  # not only the order differs
         for caption in own:
             assert 8 <= len(caption.split()) <= 14
-            spoken_digits, spoken_colours, direction = told(caption)
-            objects = list(zip(spoken_digits, spoken_colours, strict=True))
-            assert len(objects) == 2
-            # Fronted relations and "A and to its right B" name the other object first.
-            if (
-                caption.startswith(("to ", "on ", "at ", *RELATION_STARTS))
-                or " has " in caption
-                or " and " in (caption if " it" in caption else "")
-            ):
-                objects.reverse()
-            if objects[0] != (label.first_digit, label.first_colour):
-                objects.reverse()
-                direction = (-direction[0], -direction[1])
-            assert (*objects[0], *objects[1]) == (*label[:2], *label[3:]), caption
-            assert direction == where[label.relation], caption
-
-
-RELATION_STARTS = tuple(
-    f"{word} " for word in ("left", "right", "above", "below", "over", "under", "beneath", "higher", "lower")
-)
+            placed, (x, y), other = told(caption)
+            if placed != label[:2]:
+                placed, (x, y), other = other, (-x, -y), placed
+            assert (placed, (x, y), other) == (label[:2], OFFSET[label.relation], label[3:]), caption
 
 
 def test_objects_stand_where_the_description_says() -> None:
@@ -116,8 +105,7 @@ def test_objects_stand_where_the_description_says() -> None:
         if label.first_colour == label.second_colour or any(c is None for c in centres):
             continue
         y, x = centres[0] - centres[1]
-        sign = {"left of": (-1, 0), "above": (0, -1), "upper left of": (-1, -1), "lower left of": (-1, 1)}
-        assert tuple(0 if abs(v) < 8 else int(np.sign(v)) for v in (x, y)) == sign[label.relation], (i, label)
+        assert tuple(0 if abs(v) < 8 else int(np.sign(v)) for v in (x, y)) == OFFSET[label.relation], (i, label)
 
 
 def test_equal_seeds_give_equal_sets_and_others_do_not() -> None:

@@ -17,7 +17,7 @@ def captions(split: str) -> list[str]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("mlm") / "model"
-    train_mlm(captions("train"), out, seed=0, steps=120, batch_size=64)
+    train_mlm(captions("train"), out, seed=0, steps=200)
     return out
 
 

@@ -241,12 +241,12 @@ def build_model(
     return typing.cast("VisionLanguageModel", model.to(device).eval())
 
 
-def build_mlm(folder: Path | None, *, device: torch.device | str = "cpu") -> MaskedLanguageModel:
+def build_mlm(folder: str | None, *, device: torch.device | str = "cpu") -> MaskedLanguageModel:
     """The masked language model behind every text attack. Raises UserError when there is none."""
     from fastmat.text.mlm import MaskedLanguageModel
 
     if folder is None:
-        raise UserError("this attack substitutes words: set mlm to the folder of a transformers BertForMaskedLM")
+        raise UserError("this attack substitutes words: set mlm to a transformers BertForMaskedLM, such as google-bert/bert-base-uncased")
     return MaskedLanguageModel.load(folder).to(device)
 
 

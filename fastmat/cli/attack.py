@@ -11,7 +11,16 @@ from functools import partial
 from pathlib import Path
 
 from fastmat.build import build_attack, build_data, build_mlm, build_model, build_threat, resolve_device
-from fastmat.cli.common import Interrupted, add_config_arguments, check_out, counted, label_of, progress, split_settings
+from fastmat.cli.common import (
+    Interrupted,
+    add_config_arguments,
+    check_out,
+    counted,
+    fingerprint,
+    label_of,
+    progress,
+    split_settings,
+)
 from fastmat.cli.config import AttackConfig
 from fastmat.cli.keys import describe
 from fastmat.cli.load import load_config, plain

@@ -73,7 +73,9 @@ Settings = Annotated[dict[str, Any], Fields("fastmat.training.settings:TrainSett
 
 # Keys that several commands have.
 Threat = Annotated[dict[str, Any], Fields("fastmat.types:ThreatModel"), Field(description="the budgets of the attack")]
-Mlm = Annotated[Path | None, Field(description="folder of a transformers BertForMaskedLM; attacks on words need it")]
+Mlm = Annotated[
+    str | None, Field(description="a transformers BertForMaskedLM, folder or hub id; attacks on words need it")
+]
 Seed = Annotated[int, Field(ge=0, description="of every random draw")]
 Device = Annotated[str, Field(description="auto (a GPU when there is one), cpu, cuda or cuda:N")]
 EvalBatch = Annotated[int, Field(gt=0, description="images at a time; changes no result")]

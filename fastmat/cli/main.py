@@ -34,8 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             quiet()
         try:
             return run(words)
-        except UserError as error:
-            print(f"fastmat: {error}", file=sys.stderr)
+        except (UserError, OSError) as error:
+            if os.environ.get("RANK", "0") == "0":  # one process of a distributed run speaks for all
+                print(f"fastmat: {error}", file=sys.stderr)
             return 2
         except KeyboardInterrupt as error:
             print(f"fastmat: interrupted; {error or 'nothing more was written'}", file=sys.stderr)
@@ -68,8 +69,10 @@ def run(words: Sequence[str]) -> int:
 
 
 def quiet() -> None:
-    """The libraries' deprecations are no news to a user; `python -W default -m ...` brings them back."""
+    """What libraries say to developers is no news to a user; fastmat's own warnings are one line each."""
     warnings.simplefilter("ignore")
+    warnings.filterwarnings("default", module=r"fastmat\.")
+    warnings.showwarning = lambda message, *_: print(f"fastmat: warning: {message}", file=sys.stderr)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -136,7 +136,7 @@ class Quickstart:
             "model": model,
             "data": self.data("train"),
             "defence": defence,
-            "mlm": self.out / "mlm",
+            "mlm": str(self.out / "mlm"),
             "threat": {**self.config.threat, "eps": eps},
             "train": settings,
             "batch_size": self.config.batch_size,
@@ -181,7 +181,7 @@ class Quickstart:
                 for label in labels
             },
             "data": self.data(split),
-            "mlm": self.out / "mlm",
+            "mlm": str(self.out / "mlm"),
             "threat": {**config.threat, "eps": radii[0]},
             "eps": radii[1:],
             "attacks": {label: config.attacks[label] for label in attacks},

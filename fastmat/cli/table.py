@@ -10,7 +10,7 @@ HEADER = ("victim", "defence", "attack", "eps", "words", "TR@1", "IR@1", "ASR TR
 
 
 def table(rows: Sequence[Row]) -> str:
-    """One line per row, in percent; recalls at 1 with their 95 % interval."""
+    """One line per row, in percent; recalls at 1 with their 95 % interval. A budget that was not touched is a dash."""
     lines = [HEADER, *(cells(row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
     return "\n".join(
@@ -19,13 +19,13 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    clean = row.attack == "none"
+    eps = f"{row.threat.eps * 255:g}/255" if row.threat.norm == "linf" else f"{row.threat.eps:g} (l2)"
     return (
         row.victim if row.victim == row.surrogate else f"{row.victim} (from {row.surrogate})",
         row.defence,
         row.attack,
-        "-" if clean else f"{row.threat.eps * 255:g}/255" if row.threat.norm == "linf" else f"{row.threat.eps:g} (l2)",
-        "-" if clean else str(row.threat.max_words),
+        eps if row.max_distance else "-",
+        str(row.threat.max_words) if row.max_words_changed else "-",
         *(with_interval(row, metric) for metric in ("tr@1", "ir@1")),
         *(percent(row.value(metric)) for metric in ("asr_tr@1", "asr_ir@1")),
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastmat.attacks.base import text_features
 from fastmat.models.protocol import ImageState, VisionLanguageModel
 from fastmat.ops import contrastive_rows, cosine_to_set
+from fastmat.ops.contrastive import scaled_logits
 from fastmat.types import AttackContext, Batch
 
 Bound = Callable[[ImageState], Tensor]
@@ -42,7 +43,7 @@ class Contrastive:
         positive = batch.group[:, None] == context.text_group[None, :]
         weight = positive / positive.sum(1, keepdim=True).clamp_min(1)
         with torch.no_grad():
-            to_images = scale * context.text_features @ context.image_features.T
+            to_images = scaled_logits(context.text_features, context.image_features, scale)
             to_images.masked_fill_(context.text_group[:, None] == context.image_group[None, :], -torch.inf)
             others = to_images.logsumexp(1)
 
@@ -53,7 +54,7 @@ class Contrastive:
                     state.features, context.text_features, scale, row_group=batch.group, column_group=context.text_group
                 )
             if self.directions != "i2t":
-                live = scale * state.features @ context.text_features.T
+                live = scaled_logits(state.features, context.text_features, scale)
                 total = total + ((torch.logaddexp(others, live) - live) * weight).sum(1)
             return total / 2 if self.directions == "both" else total
 

@@ -151,7 +151,8 @@ def train(
                     raise Interrupted(last_checkpoint)
         weights = out / "model.safetensors"
         if accelerator.is_main_process:
-            save_weights(model, weights, metadata={"defence": told["defence"], "told_sha256": _sha256(told)})
+            # One key: safetensors writes several in a random order, and equal runs should give equal files.
+            save_weights(model, weights, metadata={"fastmat": json.dumps(told)})
         accelerator.wait_for_everyone()
         return TrainReport(
             weights=weights,
@@ -194,19 +195,15 @@ def _find_start(out: Path, resume: bool) -> Path | None:
 
 
 def _told(defence: Defence, settings: TrainSettings, config: Mapping[str, Any], processes: int) -> dict[str, Any]:
-    """What a resumed run must share, as JSON keeps it."""
+    """What a resumed run must share, as JSON keeps it: all that decides the weights."""
     told = {
         "defence": type(defence).__name__,
-        "settings": asdict(settings),
+        "settings": {k: v for k, v in asdict(settings).items() if k not in ("save_every", "keep_last", "log_every")},
         "config": config,
         "processes": processes,
     }
     plain: dict[str, Any] = json.loads(json.dumps(told, default=str))
     return plain
-
-
-def _sha256(told: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def _on_host(accelerator: Accelerator, values: list[Any]) -> list[float]:

@@ -1,5 +1,6 @@
 """Two gloo processes on the CPU: shards of the global batch, averaged gradients, decisions taken together."""
 
+import json
 import os
 import subprocess
 import sys
@@ -38,6 +39,17 @@ def rank_results(out, case):
     return [torch.load(out / f"{case}-{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
+def shard_loss(model, part):
+    out = model(part.images, model.tokenize(part.texts))
+    return contrastive_loss(
+        out.image.features,
+        out.text.features,
+        out.logit_scale,
+        image_group=part.group,
+        text_group=part.text_group,
+    )
+
+
 def by_hand(*, steps, skip=()):
     """The same update in one process: the mean of the two shards' gradients, clipped, AdamW, the schedule."""
     model = tiny_clip().train()
@@ -50,15 +62,7 @@ def by_hand(*, steps, skip=()):
         if step in skip:
             continue
         for start in (0, 2):
-            part = batch.rows(start, start + 2)
-            out = model(part.images, model.tokenize(part.texts))
-            loss = contrastive_loss(
-                out.image.features,
-                out.text.features,
-                out.logit_scale,
-                image_group=part.group,
-                text_group=part.text_group,
-            )
+            loss = shard_loss(model, batch.rows(start, start + 2))
             (loss / 2).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
@@ -66,6 +70,11 @@ def by_hand(*, steps, skip=()):
         optimizer.step()
         optimizer.zero_grad()
     return model.state_dict()
+
+
+def first_loss_by_hand():
+    batch = next(Synthetic().iterate(0, 1))
+    return sum(shard_loss(tiny_clip().train(), batch.rows(start, start + 2)).item() for start in (0, 2)) / 2
 
 
 @pytest.mark.distributed
@@ -80,7 +89,9 @@ def test_two_processes_average_their_shards(trained, case, skip):
     start = tiny_clip().state_dict()
     assert any(float((expected[key] - start[key]).abs().max()) > 5e-3 for key in expected)
     assert (trained / case / "model.safetensors").is_file()
-    assert len((trained / case / "log.jsonl").read_text().splitlines()) == 3
+    lines = [json.loads(line) for line in (trained / case / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert lines[0]["loss"] == pytest.approx(first_loss_by_hand(), rel=1e-4)  # the mean over the processes
 
 
 @pytest.mark.distributed

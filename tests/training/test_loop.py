@@ -16,7 +16,7 @@ from fastmat.defences.mat import MAT
 from fastmat.defences.tecoa_itr import TeCoAITR
 from fastmat.errors import UserError
 from fastmat.models.tiny import tiny_clip
-from fastmat.training.interrupt import Interrupted
+from fastmat.training.interrupt import Interrupted, interruptible
 from fastmat.training.loop import train
 
 
@@ -96,6 +96,21 @@ def test_resuming_after_a_crash_drops_the_log_of_the_lost_steps(tmp_path):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_every_step_and_seed_has_its_own_draws(tmp_path):
+    seen = []
+
+    class Draws(FineTune):
+        def perturb(self, model, batch, draws):
+            seen.append(draws.uniform("start", torch.zeros(1, dtype=torch.int64), (2,)).flatten().tolist())
+            return super().perturb(model, batch, draws)
+
+    for seed in (0, 0, 1):
+        told = settings(steps=3, seed=seed)
+        train(tiny_clip(), Draws(), Synthetic(), settings=told, out=tmp_path / str(len(seen)), config={})
+    assert seen[:3] == seen[3:6]
+    assert len({tuple(draw) for draw in seen}) == 6
+
+
 def test_seed_decides(tmp_path):
     _, a = run(tmp_path / "a", steps=2)
     _, b = run(tmp_path / "b", steps=2)
@@ -142,6 +157,22 @@ def test_one_step_is_adamw_on_the_clipped_gradient(tmp_path):
         optimizer.step()
     for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_temperature_stays_at_one_hundred_or_below(tmp_path):
+    model = tiny_clip()
+    with torch.no_grad():
+        model.log_logit_scale.fill_(6.0)
+    run(tmp_path / "a", name="finetune", model=model, steps=1)
+    assert model.logit_scale.item() == pytest.approx(100, rel=1e-6)
+
+
+def test_a_second_ctrl_c_interrupts_at_once():
+    with pytest.raises(KeyboardInterrupt), interruptible() as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked()
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.pause()
 
 
 @pytest.mark.parametrize("name", ["fare", "vision_only"])
@@ -250,6 +281,7 @@ def test_nothing_to_resume(tmp_path):
 
 def test_resume_with_another_config_or_architecture(tmp_path):
     run(tmp_path / "a", config={"data": {"name": "digits", "size": 32}})
+    run(tmp_path / "a", resume=True, config={"data": {"name": "digits", "size": 32}}, keep_last=1, save_every=50)
     log = (tmp_path / "a" / "log.jsonl").read_bytes()
     with pytest.raises(UserError, match=r"config\.data\.size was 32, is now 64"):
         run(tmp_path / "a", resume=True, config={"data": {"name": "digits", "size": 64}})

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fastmat.evaluation.results import Examples, Results, read_examples, read_results, write_atomic
-from fastmat.report.labels import attack_name, budget, defence_name, marked_words, radius, source
+from fastmat.report.labels import attack_name, marked_words, radius, victim_name
 from fastmat.report.plots import attacks_plot, eps_plot, training_plot
 from fastmat.report.tables import COLUMNS, tables
 
@@ -35,8 +35,8 @@ def render(results: Results, examples: Examples) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page.filters |= {"attack_name": attack_name, "defence_name": defence_name, "source": source}
-    page.globals |= {"marked_words": marked_words, "radius": radius, "budget": budget}
+    page.filters |= {"attack_name": attack_name, "victim_name": victim_name}
+    page.globals |= {"marked_words": marked_words, "radius": radius}
     made = tables(results.rows)
     return page.get_template("report.html.jinja").render(
         style=resources.files("fastmat.report").joinpath("style.css").read_text(),

@@ -18,6 +18,13 @@ def attack_name(name: str) -> str:
     return ATTACKS.get(name, name)
 
 
+def victim_name(setting: Setting) -> str:
+    """The model judged: its name, and its defence where the name does not say it."""
+    if setting.victim == setting.defence:
+        return defence_name(setting.defence)
+    return setting.victim if setting.defence == "none" else f"{setting.victim} ({defence_name(setting.defence)})"
+
+
 def radius(value: float, norm: str) -> str:
     """As a fraction of 255 where that is how people say it.
 

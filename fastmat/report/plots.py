@@ -13,12 +13,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fastmat.evaluation.results import Row, TrainingPoint
-from fastmat.report.labels import attack_name, defence_name, radius, source
+from fastmat.report.labels import attack_name, defence_name, radius, source, victim_name
 from fastmat.report.tables import grouped
 
 COLOURS = ("#8f9bab", "#d9913d", "#5a9e80", "#3d6ea8", "#a8587a", "#7d6bb0", "#5c5c5c")
+PIXELS_PER_INCH = 106  # 9.6 inches fill the page
 STYLE = {
     "svg.fonttype": "none",
+    "svg.hashsalt": "fastmat",  # ids of markers and clips depend on their content alone
     "text.parse_math": False,
     "font.size": 9,
     "axes.spines.top": False,
@@ -54,7 +56,7 @@ def attacks_plot(rows: Sequence[Row]) -> str:
     with rc_context(STYLE):
         figure = Figure(figsize=(max(5.0, min(9.6, 1.6 + 1.5 * len(groups))), 3.1), layout="constrained")
         axes = figure.add_subplot()
-        width = 0.82 / len(series)
+        width = min(0.28, 0.82 / len(series))
         for place, group in enumerate(groups):
             for row in group:
                 name = series_name(row, rows)
@@ -70,7 +72,7 @@ def attacks_plot(rows: Sequence[Row]) -> str:
         )
         axes.tick_params(length=0)
         legend(figure, axes, series)
-    return to_svg(figure, "attacks", "Bar plot: TR@1 clean and under each attack, by defence")
+    return to_svg(figure, "Bar plot: TR@1 clean and under each attack, by defence")
 
 
 def eps_plot(rows: Sequence[Row]) -> str:
@@ -87,7 +89,7 @@ def eps_plot(rows: Sequence[Row]) -> str:
     series = series_of(rows)
     clean = {series_name(row, rows): row for row in rows if row.attack == "none"}
     with rc_context(STYLE):
-        figure = Figure(figsize=(9.6 if len(panels) > 1 else 6.0, 3.1), layout="constrained")
+        figure = Figure(figsize=(9.6 if len(panels) > 1 else 6.4, 3.1), layout="constrained")
         all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, panel in zip(all_axes, panels, strict=True):
             for line in grouped((row, series_name(row, rows)) for row in panel):
@@ -106,11 +108,12 @@ def eps_plot(rows: Sequence[Row]) -> str:
                     )
             ticks = sorted({row.threat.eps for row in panel})
             norm = panel[0].threat.norm
-            axes.set(title=attack_name(panel[0].attack), xlabel="eps", ylim=(0, 104), yticks=range(0, 101, 20))
+            axes.set_title(attack_name(panel[0].attack), loc="left", fontsize=9, fontweight="bold")
+            axes.set(xlabel="eps", ylim=(0, 104), yticks=range(0, 101, 20))
             axes.set_xticks([0, *ticks], ["clean", *(radius(eps, norm) for eps in ticks)])
         all_axes[0].set_ylabel("TR@1 (%)")
         legend(figure, all_axes[0], series)
-    return to_svg(figure, "eps", "Line plot: TR@1 against eps, by defence")
+    return to_svg(figure, "Line plot: TR@1 against eps, by defence")
 
 
 def training_plot(training: Mapping[str, Sequence[TrainingPoint]]) -> str:
@@ -119,13 +122,13 @@ def training_plot(training: Mapping[str, Sequence[TrainingPoint]]) -> str:
     if not curves:
         return ""
     with rc_context(STYLE):
-        figure = Figure(figsize=(6.0, 2.8), layout="constrained")
+        figure = Figure(figsize=(6.4, 2.8), layout="constrained")
         axes = figure.add_subplot(xlabel="outer step", ylabel="training loss")
         series = dict(zip(curves, colours(len(curves)), strict=True))
         for name, points in curves.items():
             axes.plot([point.step for point in points], [point.loss for point in points], color=series[name], lw=1.2)
         legend(figure, axes, series)
-    return to_svg(figure, "training", "Line plot: training loss against outer step, by defence")
+    return to_svg(figure, "Line plot: training loss against outer step, by defence")
 
 
 def series_of(rows: Sequence[Row]) -> dict[str, str]:
@@ -136,9 +139,8 @@ def series_of(rows: Sequence[Row]) -> dict[str, str]:
 
 def series_name(row: Row, rows: Sequence[Row]) -> str:
     """The defence, and the victim where several victims share it."""
-    name = defence_name(row.defence)
     alone = len({other.victim for other in rows if other.defence == row.defence}) == 1
-    return name if alone else f"{row.victim} ({name})"
+    return defence_name(row.defence) if alone else victim_name(row)
 
 
 def colours(count: int) -> list[str]:
@@ -158,19 +160,17 @@ def legend(figure: Figure, axes: Axes, series: Mapping[str, str]) -> None:
     figure.legend(handles, list(series), loc="outside upper center", ncols=min(6, len(series)), handletextpad=0.2)
 
 
-def to_svg(figure: Figure, name: str, description: str) -> str:
-    """The figure as one <svg> element that scales with the page; ids differ between plots of different `name`."""
+def to_svg(figure: Figure, description: str) -> str:
+    """The figure as one <svg> element that shrinks with the page and never grows beyond its own size."""
     buffer = io.StringIO()
     nothing: dict[str, Any] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with rc_context({**STYLE, "svg.hashsalt": name}):
+    with rc_context(STYLE):
         figure.savefig(buffer, format="svg", metadata=nothing)
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(
-        r' id="(?:figure|axes|patch|text|line2d|matplotlib|xtick|ytick|legend|LineCollection|FillBetween)[^"]*"',
-        "",
-        svg,
-    )
-    return re.sub(
-        r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{description}">', svg, count=1
-    )
+    box = re.search(r'viewBox="[^"]*"', svg)
+    assert box is not None
+    body = svg[svg.index(">", box.end()) + 1 :].replace("xlink:href", "href")
+    # Matplotlib names groups alike in every figure; nothing refers to them, and ids must be unique on a page.
+    body = re.sub(r'<g id="[^"]*"', "<g", body)
+    width = figure.get_figwidth() * PIXELS_PER_INCH
+    return f'<svg {box[0]} style="max-width: {width:.0f}px" role="img" aria-label="{description}">{body}'

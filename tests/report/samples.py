@@ -3,7 +3,6 @@
 import base64
 import io
 
-import pytest
 from PIL import Image
 
 from fastmat.evaluation.results import Example, Examples, Results, RetrievedImage, RetrievedText, Row, Threat
@@ -77,8 +76,7 @@ def made_example(caption: str = "a red seven left of a green two") -> Example:
     )
 
 
-@pytest.fixture
-def results() -> Results:
+def made_results() -> Results:
     rows = [
         made_row(defence=defence, attack=attack, tr=max(0.0, base + gain * (0.2 if attack == "none" else 1)))
         for defence, gain in DEFENCES.items()
@@ -103,8 +101,7 @@ def results() -> Results:
     )
 
 
-@pytest.fixture
-def examples() -> Examples:
+def made_examples() -> Examples:
     return Examples(
         chosen="Drawn at random, seed 0, among the images that fine-tuning retrieves correctly when clean.",
         examples=[made_example(), made_example(f"a red {NASTY}")],

@@ -15,6 +15,7 @@ from fastmat.text.words import Words, is_stop_word
 ROWS_PER_WORD = 12
 IDS_PER_ROW = 4
 COMBINATIONS = 24
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 Rows = list[list[int]]
 
@@ -85,12 +86,14 @@ def combinations(rows: Rows) -> list[tuple[int, ...]]:
 
 
 def allowed(word: str, candidate: str, quirks: Quirks) -> bool:
-    """Whether a candidate may replace a word: another one, whole, no stop word, and (unless published) without blanks.
+    """Whether a candidate may replace a word: another one, whole, and no stop word.
+
+    One word replaces one word: several, or a special token, pass only as published (`Quirks.blanks_in_candidates`).
 
     >>> allowed("dog", "cat", Quirks()), allowed("Dog", "dog", Quirks()), allowed("dog", "a cat", Quirks())
     (True, False, False)
     """
     exact = quirks.case_sensitive_filters
     same = candidate == word if exact else candidate.lower() == word.lower()
-    blank = not quirks.blanks_in_candidates and " " in candidate
-    return not (same or blank or "##" in candidate or is_stop_word(candidate, case_sensitive=exact))
+    no_word = not quirks.blanks_in_candidates and (" " in candidate or candidate in SPECIAL)
+    return not (same or no_word or "##" in candidate or is_stop_word(candidate, case_sensitive=exact))

@@ -19,8 +19,8 @@ from fastmat.errors import UserError
 
 # Heads that BERT's own pre-training checkpoints carry beside the masked language model.
 OTHER_HEADS = ("bert.pooler.", "cls.seq_relationship.")
-# The decoder's logits are [positions, vocabulary] fp32: 1,024 positions of BERT's vocabulary are 125 MB.
-POSITIONS_PER_CHUNK = 1024
+# The decoder's logits are [positions, vocabulary] fp32: 512 positions of BERT's vocabulary are 62 MB.
+POSITIONS_PER_CHUNK = 512
 # What decoding does to blanks before punctuation and contractions, in this order.
 CLEAN_UP = (
     *((f" {mark}", mark) for mark in (".", "?", "!", ",")),
@@ -60,7 +60,9 @@ class MaskedLanguageModel:
         if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in ("tokenizer.json", "vocab.txt")):
             raise UserError(f"{name} has neither tokenizer.json nor vocab.txt; save the model's tokenizer there")
         try:
-            model, info = BertForMaskedLM.from_pretrained(name, output_loading_info=True, dtype=torch.float32)
+            model, info = BertForMaskedLM.from_pretrained(
+                name, output_loading_info=True, ignore_mismatched_sizes=True, dtype=torch.float32
+            )  # mismatches are named below
             tokenizer = BertTokenizerFast.from_pretrained(name)
         except Exception as error:  # transformers, safetensors and pickle each raise their own
             line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,13 +1,15 @@
 """The published text attack, recorded: tokenisation, candidates, importance and every adversarial text."""
 
+from functools import cache
 from itertools import product
 
 import pytest
 import torch
 from golden import golden
-from golden_models import golden_bert, golden_clip, golden_mlm
+from golden_models import BertTextEncoder, golden_bert, golden_clip, golden_mlm
 
 from fastmat.attacks.word_substitution import WordSubstitution
+from fastmat.models.protocol import VisionLanguageModel
 from fastmat.quirks import Quirks
 from fastmat.text import candidates
 from fastmat.text.words import STOP_WORDS, split
@@ -28,6 +30,11 @@ EDGE += ["nosep.clip.L77.{}.{}.n1".format(*p) for p in product(("sga", "kl"), RO
 RUNS = [("bert_attack", name) for name in BERT + CLIP + OTHERS] + [("bert_attack_edge", name) for name in EDGE]
 
 
+@cache
+def victim(encoder: str, append_sep: bool) -> VisionLanguageModel | BertTextEncoder:
+    return golden_clip() if encoder == "clip" else golden_bert(append_sep=append_sep)
+
+
 @pytest.mark.parametrize(("recording", "name"), RUNS)
 def test_texts_and_importance(recording: str, name: str) -> None:
     recorded, tensors = golden(recording)
@@ -36,7 +43,7 @@ def test_texts_and_importance(recording: str, name: str) -> None:
     quirks = Quirks.official(round_trip=clip, text_max_length=run["max_length"]).but(
         append_sep=run["tokenizer"] == "sep", candidate_row_offset=ROW_OFFSET[run["index"]]
     )
-    model = golden_clip() if clip else golden_bert(append_sep=quirks.append_sep)
+    model = victim(run["encoder"], quirks.append_sep)
     representation = "features" if sga else "embeds" if clip else "cls" if run["cls"] else "tokens"
     search = WordSubstitution(
         mlm=golden_mlm(),

@@ -1,4 +1,5 @@
 import multiprocessing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -133,3 +134,9 @@ def test_bad_arguments() -> None:
         evaluation_batches(ragged(), TRANSFORM, batch_size=1, workers=-1)
     with pytest.raises(UserError, match="seed must not be negative"):
         training(seed=-1)
+
+
+def test_each_step_draws_its_own_captions() -> None:
+    one = replace(ragged(1), captions=(("a", "b", "c", "d", "e"),))
+    batches = TrainingBatches(one, TRANSFORM, batch_size=1, seed=0)
+    assert len({batches.batch(step).texts for step in range(40)}) == 5

@@ -1,0 +1,95 @@
+import json
+import os
+import platform
+from pathlib import Path
+
+import pytest
+
+from fastmat.errors import UserError
+from fastmat.evaluation import results as module
+from fastmat.evaluation.results import Results, Row, Threat, environment, read_results, write_atomic, write_results
+
+RECALLS = {f"{way}@{k}": value for way in ("tr", "ir") for k, value in ((1, 10.0), (5, 20.5), (10, 100.0))}
+ROW = {
+    "surrogate": "a",
+    "victim": "b",
+    "defence": "mat",
+    "attack": "sga",
+    "threat": {"eps": 2 / 255, "norm": "linf", "max_words": 1},
+    "dataset": "flickr8k",
+    "split": "test",
+    "seed": 0,
+    "scoring": "itc",
+    "n_images": 3,
+    "n_captions": 15,
+    **RECALLS,
+    **{f"asr_{name}": value for name, value in RECALLS.items()},
+    "ci": {"tr@1": [8.0, 12.5]},
+    "max_distance": 2 / 255,
+    "max_words_changed": 1,
+    "seconds": 3.5,
+    "pairs_per_s": 4.3,
+}
+FILE = {"rows": [ROW], "config": {"seed": 0}, "environment": {"python": "3.11"}}
+
+
+def test_file_has_the_documented_keys(tmp_path: Path) -> None:
+    write_results(tmp_path, Results.model_validate(FILE))
+    assert json.loads((tmp_path / "results.json").read_text()) == {**FILE, "training": {}}
+    assert read_results(tmp_path) == read_results(tmp_path / "results.json") == Results.model_validate(FILE)
+    for key in ROW:
+        assert "@" in key or key in str(module.__doc__), key
+
+
+def test_values_by_name() -> None:
+    row = Row.model_validate(ROW)
+    assert (row.value("tr@5"), row.value("asr_ir@10"), row.tr_10) == (20.5, 100.0, 100.0)
+    assert Row.model_validate({**ROW, "asr_tr@1": None, "seconds": None, "pairs_per_s": None}).value("asr_tr@1") is None
+    assert Row.model_validate({**ROW, "threat": {}}).threat == Threat(eps=0, norm="linf", max_words=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tr@1": 130}, r"results\.json: key rows\.0\.tr@1: .*less than or equal to 100"),
+        ({"tr@1": None}, r"key rows\.0\.tr@1: "),
+        ({"recall": 1}, r"key rows\.0\.recall: "),
+        ({"ci": {"tr@1": [1]}}, r"key rows\.0\.ci\.tr@1\.1: "),
+        ({"threat": {"eps": -1}}, r"key rows\.0\.threat\.eps: "),
+    ],
+)
+def test_reading_names_the_key(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    (tmp_path / "results.json").write_text(json.dumps({**FILE, "rows": [{**ROW, **change}]}))
+    with pytest.raises(UserError, match=message):
+        read_results(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]"])
+def test_reading_what_is_no_results_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "results.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"results\.json: "):
+        read_results(tmp_path)
+    with pytest.raises(UserError, match=r"nowhere: no such file"):
+        read_results(tmp_path / "nowhere")
+
+
+def test_writing_replaces_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "deep" / "file"
+    assert write_atomic(path, b"old") == path
+    for step in ("replace", "fsync"):
+
+        def fails(*_: object) -> None:
+            raise OSError("disk full")
+
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+            patch.setattr(os, step, fails)
+            write_atomic(path, b"new")
+        assert path.read_bytes() == b"old" and list(path.parent.iterdir()) == [path]
+    write_atomic(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_environment_tells_versions_and_no_names() -> None:
+    found = environment("cpu")
+    assert set(found) == {"python", "torch", "fastmat", "device", "cpu_count", "platform"}
+    assert found["device"] == "cpu" and platform.node() not in json.dumps(found) and "/" not in found["platform"]

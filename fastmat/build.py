@@ -174,6 +174,8 @@ def converted(value: Any, annotation: Any, *, where: str, given: Given | None) -
     except ValidationError as error:
         try:
             return adapter.validate_python(numbers(value))
+        except UserError as fraction:
+            raise at(where, fraction) from error
         except ValidationError:
             raise at(where, sentence(error)) from error
 
@@ -246,7 +248,9 @@ def build_mlm(folder: str | None, *, device: torch.device | str = "cpu") -> Mask
     from fastmat.text.mlm import MaskedLanguageModel
 
     if folder is None:
-        raise UserError("this attack substitutes words: set mlm to a transformers BertForMaskedLM, such as google-bert/bert-base-uncased")
+        raise UserError(
+            "words are to be substituted: set mlm to a transformers BertForMaskedLM, as google-bert/bert-base-uncased"
+        )
     return MaskedLanguageModel.load(folder).to(device)
 
 

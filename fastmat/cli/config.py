@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, model_validator
 from pydantic_core import CoreSchema, core_schema
 
-from fastmat.build import ATTACKS, DATASETS, DEFENCES, MODELS, Component, check, locate, number, parse
+from fastmat.build import ATTACKS, DATASETS, DEFENCES, MODELS, Component, construct, locate, number, parse
 from fastmat.errors import UserError, nearest
 
 
@@ -48,7 +48,7 @@ class OneOf:
 
 @dataclass(frozen=True, eq=False)
 class Fields:
-    """Marks the arguments of one class ("module:name"), checked by its signature and listed in the help."""
+    """Marks the fields of one dataclass ("module:name"), which checks them; the help lists them."""
 
     factory: str
 
@@ -59,7 +59,7 @@ class Fields:
         if not isinstance(value, Mapping):
             raise UserError(f"expected {{key: value}}, got {value!r}")
         arguments = {str(key): item for key, item in value.items()}
-        check(locate(self.factory), arguments, where="")
+        construct(locate(self.factory), arguments, where="")
         return arguments
 
 

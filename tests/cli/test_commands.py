@@ -1,0 +1,229 @@
+"""`attack`, `train`, `eval` and `report` on a real set on disk, in this process."""
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fastmat.attacks import pgd
+from fastmat.evaluation.results import read_examples, read_results
+from fastmat.training import loop
+
+Fastmat = Callable[..., tuple[int, str, str]]
+ATTACK = ["model=tiny", "attack={name: pgd, steps: 2}", "threat.eps=8/255", "shard_size=2", "batch_size=2"]
+TRAIN = ["model=tiny", "train={steps: 4, save_every: 2, lr: 1e-2}", "batch_size=3"]
+EVAL = ["victims.plain.model=tiny", "resamples=20", "examples=2"]
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int) -> None:
+    """Ctrl-C arrives during the `call`-th call of a function; the function is restored at the next `undo`."""
+    original: Callable[..., object] = getattr(owner, name)
+    count = 0
+
+    def counting(*values: object, **named: object) -> object:
+        nonlocal count
+        count += 1
+        if count == call:
+            signal.raise_signal(signal.SIGINT)
+        return original(*values, **named)
+
+    monkeypatch.setattr(owner, name, counting)
+
+
+def images_of(folder: Path) -> Tensor:
+    return torch.cat([load_file(path)["images"] for path in sorted(folder.glob("images-*.safetensors"))])
+
+
+def test_attack_writes_a_set_and_never_over_one(fastmat: Fastmat, settings: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    code, shown, _ = fastmat("attack", *settings, *ATTACK, "--out", out)
+    assert code == 0
+    assert "6 images and 12 captions" in shown
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert (manifest["surrogate"], manifest["attack"], manifest["dataset"], len(manifest["shards"])) == (
+        "tiny",
+        "pgd",
+        "six",
+        3,
+    )
+    assert manifest["threat"]["eps"] == 8 / 255
+    assert "batch_size" not in manifest["config"]
+
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    code, _, error = fastmat("attack", *settings, *ATTACK, "--out", out)
+    assert code == 2
+    assert "exists and is not empty" in error
+    code, _, error = fastmat("attack", *settings, *ATTACK, "--out", out, "--resume")
+    assert code == 2
+    assert "finished" in error
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_interrupted_attack_goes_on_to_the_same_set(
+    fastmat: Fastmat, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert fastmat("attack", *settings, *ATTACK, "--out", whole)[0] == 0
+    interrupt_at(monkeypatch, pgd.PGD, "run", 2)
+    code, _, error = fastmat("attack", *settings, *ATTACK, "--out", parts)
+    assert code == 130
+    assert f"4 of 6 images are saved in {parts}; the same command with --resume goes on" in error
+    monkeypatch.undo()
+    assert fastmat("attack", *settings, *ATTACK, "--out", parts, "--resume")[0] == 0
+    assert torch.equal(images_of(whole), images_of(parts))
+    assert (whole / "texts.jsonl").read_bytes() == (parts / "texts.jsonl").read_bytes()
+
+    code, _, error = fastmat("attack", *settings, *ATTACK, "seed=1", "--out", tmp_path / "none", "--resume")
+    assert code == 2
+    assert "holds nothing to go on with" in error
+
+
+def test_text_attack_through_the_command(fastmat: Fastmat, settings: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    words = ["model=tiny", "attack={name: sga, steps: 1, scales: [0.5]}", "limit=3"]
+    assert fastmat("attack", *settings, *words, "--out", out)[0] == 0
+    lines = [json.loads(line) for line in (out / "texts.jsonl").read_text().splitlines()]
+    assert len(lines) == 6
+    assert sum(line["words_changed"] for line in lines) > 0
+    assert all(line["words_changed"] <= 1 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["attack.stepz=3"], "command line: attack: unknown key 'stepz'; did you mean 'steps'?"),
+        (["threat.eps=2"], "write 2/255"),
+        (["attack=sga", "mlm=null"], "set mlm to a transformers BertForMaskedLM"),
+        (["device=cuda:99"], "device: 'cuda:99' is not here"),
+        (["model={name: tiny, weights: nowhere.safetensors}"], "nowhere.safetensors does not exist"),
+        (["model={name: open_clip, architecture: ViT-B16}"], "did you mean 'ViT-B-16'?"),
+        (["data.annotations=nowhere.json"], "nowhere.json"),
+    ],
+)
+def test_what_cannot_run_leaves_nothing(
+    fastmat: Fastmat, settings: list[str], tmp_path: Path, words: list[str], sentence: str
+) -> None:
+    code, _, error = fastmat("attack", *settings, *ATTACK, *words, "--out", tmp_path / "out")
+    assert code == 2
+    assert sentence in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_and_broken_images_are_named(
+    fastmat: Fastmat, pictures: Path, settings: list[str], tmp_path: Path
+) -> None:
+    copy = tmp_path / "set"
+    shutil.copytree(pictures, copy)
+    (copy / "images" / "3.png").write_bytes(b"not a picture")
+    words = [*settings, *ATTACK, f"data.images={copy}", f"data.annotations={copy / 'test.json'}"]
+    code, _, error = fastmat("attack", *words, "--out", tmp_path / "out")
+    assert code == 2
+    assert "3.png" in error
+    (copy / "images" / "3.png").unlink()
+    code, _, error = fastmat("attack", *words, "--out", tmp_path / "out")
+    assert code == 2
+    assert "3.png" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("defence", ["finetune", "{name: tecoa_itr, steps: 1}", "{name: mat, steps: 1}"])
+def test_train_writes_weights(fastmat: Fastmat, settings: list[str], tmp_path: Path, defence: str) -> None:
+    code, shown, _ = fastmat("train", *settings, *TRAIN, f"defence={defence}", "--out", tmp_path / "run")
+    assert code == 0
+    assert shown.startswith("4 steps of")
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()] == [4]
+
+
+def test_interrupted_training_goes_on_to_the_same_weights(
+    fastmat: Fastmat, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    words = [*settings, *TRAIN, "defence={name: tecoa_itr, steps: 1}"]
+    assert fastmat("train", *words, "--out", whole)[0] == 0
+    interrupt_at(monkeypatch, loop, "encode_views", 3)
+    code, _, error = fastmat("train", *words, "--out", parts)
+    assert code == 130
+    assert "the same command with --resume goes on" in error
+    assert not (parts / "model.safetensors").exists()
+    monkeypatch.undo()
+    assert fastmat("train", *words, "--out", parts, "--resume")[0] == 0
+    expected, found = load_file(whole / "model.safetensors"), load_file(parts / "model.safetensors")
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    code, _, error = fastmat("train", *words, "seed=1", "--out", parts, "--resume")
+    assert code == 2
+    assert "belongs to another run" in error
+
+
+def test_eval_of_two_victims_attacks_and_a_stored_set(fastmat: Fastmat, settings: list[str], tmp_path: Path) -> None:
+    stored, out = tmp_path / "set", tmp_path / "eval"
+    assert fastmat("attack", *settings, *ATTACK, "--out", stored)[0] == 0
+    words = ["victims.other={model: {name: tiny, seed: 1}, defence: mat}", "threat.eps=8/255", "eps=[4/255]"]
+    words += ["attacks.words=bert_attack", "attacks.pixels={name: pgd, steps: 2}", f"sets=[{stored}]"]
+    code, shown, _ = fastmat("eval", *settings, *EVAL, *words, "--out", out)
+    assert code == 0
+    results = read_results(out)
+    found = [(r.surrogate, r.victim, r.defence, r.attack, round(r.threat.eps * 255)) for r in results.rows]
+    assert found == [
+        ("plain", "plain", "none", "none", 0),
+        ("plain", "plain", "none", "words", 8),
+        ("plain", "plain", "none", "pixels", 8),
+        ("plain", "plain", "none", "pixels", 4),
+        ("plain", "plain", "none", "pgd", 8),
+        ("other", "other", "mat", "none", 0),
+        ("other", "other", "mat", "words", 8),
+        ("other", "other", "mat", "pixels", 8),
+        ("other", "other", "mat", "pixels", 4),
+        ("tiny", "other", "mat", "pgd", 8),
+    ]
+    pixels, same = results.rows[2], results.rows[4]
+    assert pixels.value("tr@1") == same.value("tr@1")  # same weights, seed and attack: stored or made now
+    assert pixels.max_distance == pytest.approx(8 / 255, abs=1e-6)
+    assert "other (from tiny)" in shown
+    assert len(read_examples(out / "examples.json").examples) == 4
+    assert "<!DOCTYPE html>" in (out / "report.html").read_text()
+
+    page = (out / "report.html").read_bytes()
+    (out / "report.html").unlink()
+    assert fastmat("report", out) == (0, f"{out / 'report.html'}\n", "")
+    assert (out / "report.html").read_bytes() == page
+
+
+def test_surrogate_of_its_own_is_attacked_once_for_all(fastmat: Fastmat, settings: list[str], tmp_path: Path) -> None:
+    words = [
+        "victims.other.model={name: tiny, seed: 1}",
+        "surrogate={name: tiny, seed: 2}",
+        "attacks.pgd={name: pgd, steps: 1}",
+    ]
+    assert fastmat("eval", *settings, *EVAL, *words, "--out", tmp_path / "eval")[0] == 0
+    rows = [row for row in read_results(tmp_path / "eval").rows if row.attack == "pgd"]
+    assert [(row.surrogate, row.victim) for row in rows] == [("tiny", "plain"), ("tiny", "other")]
+    assert rows[0].max_distance == rows[1].max_distance
+
+
+def test_interrupted_eval_keeps_its_rows(
+    fastmat: Fastmat, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    words = [*settings, *EVAL, "attacks.a={name: pgd, steps: 1}", "attacks.b={name: pgd, steps: 2}"]
+    assert fastmat("eval", *words, "--out", whole)[0] == 0
+    interrupt_at(monkeypatch, pgd.PGD, "run", 3)  # two batches each: the second attack's first
+    code, _, error = fastmat("eval", *words, "--out", parts)
+    assert code == 130
+    assert "the same command with --resume goes on" in error
+    assert [row.attack for row in read_results(parts).rows] == ["none", "a"]
+    monkeypatch.undo()
+    code, _, error = fastmat("eval", *words, "seed=1", "--out", parts, "--resume")
+    assert code == 2
+    assert "begun with another 'seed'" in error
+    assert fastmat("eval", *words, "--out", parts, "--resume")[0] == 0
+    timing = {"seconds", "pairs_per_s"}
+    expected, found = ([row.model_dump(exclude=timing) for row in read_results(p).rows] for p in (whole, parts))
+    assert expected == found

@@ -1,0 +1,107 @@
+"""Exit codes, help, and one sentence per mistake."""
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fastmat import build
+from fastmat.cli import env
+from fastmat.cli.main import COMMANDS
+
+Fastmat = Callable[..., tuple[int, str, str]]
+
+
+def test_every_command_has_help_with_its_keys(fastmat: Fastmat) -> None:
+    keys = {
+        "attack": [
+            "attack: one of pgd, bert_attack, sep, sga (required)",
+            "threat.eps: float = 2/255",
+            "shard_size: int = 256",
+        ],
+        "train": ["defence: one of finetune", "train.lr: float = 1e-05", "captions_per_image: int = 1"],
+        "eval": ["victims.LABEL.model: one of open_clip", "eps: list of float", "resamples: int = 1000"],
+        "quickstart": ["choose_eps: list of float (required)", "harden.train.steps: int (required)"],
+        "report": ["DIR"],
+        "env": ["versions"],
+    }
+    assert keys.keys() == COMMANDS.keys()
+    for command, lines in keys.items():
+        code, out, _ = fastmat(command, "--help")
+        assert code == 0
+        for line in lines:
+            assert line in out, f"{command}: {line}"
+        assert f"fastmat {command}" in out
+
+
+def test_attack_help_explains_each_attack(fastmat: Fastmat) -> None:
+    _, out, _ = fastmat("attack", "--help")
+    for name in (*build.ATTACKS, *build.MODELS, *build.DATASETS, *build.OBJECTIVES, *build.TEXT_SEARCHES):
+        assert f"\n  {name}\n" in out
+    assert "antialias: bool = True" in out
+    assert "mlm: " in out
+    assert "threat: ThreatModel" not in out
+
+
+def test_bare_command_lists_the_commands(fastmat: Fastmat) -> None:
+    code, out, _ = fastmat()
+    assert code == 2
+    assert all(f"  {name} " in out for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["atack"], "fastmat: argument COMMAND: invalid choice: 'atack'"),
+        (["attack", "--ot", "x"], "fastmat: the following arguments are required: --out; see fastmat attack --help"),
+        (["attack", "a", "b", "--out", "x"], "fastmat: one config, please; got a, b"),
+        (
+            ["attack", "clip-vit-b16-flickr30k-atack", "--out", "x"],
+            "fastmat: config 'clip-vit-b16-flickr30k-atack' is neither",
+        ),
+        (["train", "model=tiny", "--out", "x"], "fastmat: command line: data: field required"),
+        (["report", "nowhere"], "fastmat: nowhere is no folder"),
+        (["quickstart", "choose_by=sgaa", "--out", "x"], "fastmat: 'sgaa', which chooses eps, is not one of pgd"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_exit_2(
+    fastmat: Fastmat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], sentence: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, error = fastmat(*words)
+    assert (code, out) == (2, "")
+    assert error.startswith(sentence)
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_first_process_speaks(fastmat: Fastmat, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert fastmat("report", "nowhere") == (2, "", "")
+
+
+def test_env_names_versions_and_devices(fastmat: Fastmat) -> None:
+    code, out, _ = fastmat("env")
+    shown = {line.split()[0] for line in out.splitlines()}
+    assert code == 0
+    assert {"python", "torch", "fastmat", "device", *env.LIBRARIES} <= shown
+
+
+def test_warnings_of_libraries_are_silent_and_ours_are_one_line(
+    fastmat: Fastmat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(arguments: object) -> None:
+        warnings.warn("a library will change", FutureWarning)
+        warnings.warn_explicit("a file is damaged", UserWarning, "fastmat/x.py", 1, module="fastmat.x")
+
+    monkeypatch.setattr(env, "run", run)
+    assert fastmat("env") == (0, "", "fastmat: warning: a file is damaged\n")
+
+
+def test_listing_commands_does_not_wait_for_torch() -> None:
+    code = "import sys, fastmat.cli.main as m; m.main([]); print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.splitlines()[-1] == "False"

@@ -9,28 +9,8 @@ from fastmat.text.mlm import MaskedLanguageModel
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 STOPS = ["the", "a", "in", "on", "with", "and", ".", ",", "'", "-"]
-WORDS = [
-    "dog",
-    "cat",
-    "man",
-    "woman",
-    "boy",
-    "girl",
-    "red",
-    "blue",
-    "green",
-    "black",
-    "runs",
-    "sits",
-    "jumps",
-    "plays",
-    "ball",
-    "park",
-    "water",
-    "snow",
-    "street",
-    "hat",
-]
+NOUNS = ["dog", "cat", "man", "woman", "boy", "girl", "ball", "park", "water", "snow", "street", "hat"]
+WORDS = [*NOUNS, "red", "blue", "green", "black", "runs", "sits", "jumps", "plays"]
 SUFFIXES = ["##s", "##ing", "##er", "##ball"]
 LETTERS = list("bcdefghijklmnopqrstuvwxyz")
 VOCABULARY = [*SPECIAL, *STOPS, *WORDS, *SUFFIXES, *LETTERS, *(f"##{letter}" for letter in "abcdefghij")]

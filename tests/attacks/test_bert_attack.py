@@ -61,3 +61,10 @@ def test_no_trace_in_the_model() -> None:
     assert model.training
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_defaults_are_the_published_constants() -> None:
+    for choice, representation in (("cosine", "features"), ("kl", "embeds")):
+        words = BertAttack(threat=ThreatModel(max_words=2), mlm=tiny_mlm(), choice=choice).words
+        assert (words.max_words, words.top_k, words.threshold, words.choice) == (2, 10, 0.3, choice)
+        assert words.importance == words.judged == representation

@@ -39,9 +39,14 @@ def attack(texts: list[str], guide: Tensor | None = None, **settings) -> tuple[s
 @pytest.mark.parametrize("max_words", [1, 2])
 @pytest.mark.parametrize(
     ("choice", "importance", "compare"),
-    [("cosine", "features", "features"), ("cosine", "embeds", "embeds"), ("kl", "embeds", "cls"), ("kl", "cls", "tokens"),
-     ("kl", "tokens", "embeds")],
-)  # fmt: skip
+    [
+        ("cosine", "features", "features"),
+        ("cosine", "embeds", "embeds"),
+        ("kl", "embeds", "cls"),
+        ("kl", "cls", "tokens"),
+        ("kl", "tokens", "embeds"),
+    ],
+)
 @pytest.mark.parametrize("quirks", [CORRECT, OFFICIAL, BERT_LIKE], ids=["correct", "official", "bert"])
 def test_equals_one_at_a_time(quirks: Quirks, choice: str, importance: str, compare: str, max_words: int) -> None:
     texts = tiny_captions(14, seed=max_words)
@@ -128,6 +133,13 @@ def test_odd_captions(choice: str, quirks: Quirks) -> None:
         if not quirks.blanks_in_candidates:
             pairs = zip(text.split(" "), adversarial.split(" "), strict=True)
             assert sum(a != b for a, b in pairs) <= 1
+
+
+def test_defaults_are_the_published_constants() -> None:
+    search = WordSubstitution(mlm=tiny_mlm())
+    assert (search.max_words, search.top_k, search.threshold) == (1, 10, 0.3)
+    assert (search.choice, search.importance, search.judged) == ("cosine", "features", "features")
+    assert search.quirks == Quirks()
 
 
 def test_nothing_at_all() -> None:

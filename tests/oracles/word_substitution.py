@@ -1,7 +1,7 @@
 """BERT-Attack, one caption and one text at a time, as the protocol reads; slow and plain."""
 
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 
 import torch
 import torch.nn.functional as F
@@ -144,5 +144,5 @@ class Oracle:
 
     def note(self, scores: list[float]) -> None:
         ordered = sorted(set(scores))
-        for low, high in zip(ordered, ordered[1:], strict=False):
+        for low, high in pairwise(ordered):
             self.gap = min(self.gap, high - low)

@@ -36,15 +36,15 @@ def attack(texts: list[str], guide: Tensor | None = None, **settings) -> tuple[s
     return search.search(model(), search.plan(model(), texts), guides(len(texts)) if guide is None else guide)
 
 
-@pytest.mark.parametrize("max_words", [1, 2])
 @pytest.mark.parametrize(
-    ("choice", "importance", "compare"),
+    ("choice", "importance", "compare", "max_words"),
     [
-        ("cosine", "features", "features"),
-        ("cosine", "embeds", "embeds"),
-        ("kl", "embeds", "cls"),
-        ("kl", "cls", "tokens"),
-        ("kl", "tokens", "embeds"),
+        ("cosine", "features", "features", 1),
+        ("cosine", "features", "features", 2),
+        ("cosine", "embeds", "embeds", 2),
+        ("kl", "embeds", "cls", 2),
+        ("kl", "cls", "tokens", 1),
+        ("kl", "tokens", "embeds", 1),
     ],
 )
 @pytest.mark.parametrize("quirks", [CORRECT, OFFICIAL, BERT_LIKE], ids=["correct", "official", "bert"])
@@ -140,6 +140,21 @@ def test_defaults_are_the_published_constants() -> None:
     assert (search.max_words, search.top_k, search.threshold) == (1, 10, 0.3)
     assert (search.choice, search.importance, search.judged) == ("cosine", "features", "features")
     assert search.quirks == Quirks()
+
+
+def test_features_are_read_as_the_victim_reads() -> None:
+    texts = ["The red dogs , 狗", "a dog runs in the park"]
+
+    def direct(texts: list[str], **limit: int) -> Tensor:
+        return model().encode_text(model().tokenize(texts, **limit)).features
+
+    plain = WordSubstitution(mlm=tiny_mlm())
+    torch.testing.assert_close(plain.features(model(), texts), direct(texts))
+    torch.testing.assert_close(plain.features(model(), texts, max_length=5), direct(texts, max_length=5))
+    published = WordSubstitution(mlm=tiny_mlm(), quirks=OFFICIAL)
+    torch.testing.assert_close(
+        published.features(model(), texts, max_length=5), direct(["the red dogs", "a dog runs in"])
+    )
 
 
 def test_nothing_at_all() -> None:

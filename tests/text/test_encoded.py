@@ -8,6 +8,7 @@ from fastmat.errors import UserError
 from fastmat.models.dual_encoder import DualEncoder
 from fastmat.models.protocol import TextState, TextTokens
 from fastmat.models.tiny import tiny_clip
+from fastmat.models.tokenizers import HashTokenizer
 from fastmat.text.encoded import EncodedTexts, Representation, represent
 
 
@@ -62,6 +63,18 @@ def test_equal_ids_share_a_row() -> None:
     assert torch.equal(rows[0], rows[1])
     assert torch.equal(rows[0], rows[3])
     assert not torch.equal(rows[0], rows[4])
+
+
+class WithoutEnd(HashTokenizer):
+    def __call__(self, text: str, max_length: int) -> list[int]:
+        return super().__call__(text, max_length)[:-1]
+
+
+def test_texts_that_differ_in_their_last_token_alone() -> None:
+    model = counting()
+    model.tokenizer = WithoutEnd(64)
+    rows = EncodedTexts(parts=("features",), chunk=8)(model, ["red dog", "red cat"])["features"]
+    assert not torch.equal(rows[0], rows[1])
 
 
 def test_short_texts_are_not_padded_to_the_longest_of_all() -> None:

@@ -103,7 +103,7 @@ def test_code_in_a_pickle_is_not_run(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.text(alphabet=st.characters(codec="utf-8"), max_size=30))
 def test_words_apart_give_the_pieces_of_the_whole(text: str) -> None:
     mlm, tokenizer = made()

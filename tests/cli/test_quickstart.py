@@ -76,10 +76,7 @@ def test_eps_is_the_first_that_breaks_on_validation(
 
 def row_of(attack: str, eps: float, tr_at_1: float) -> Row:
     rates = {f"{kind}@{k}": tr_at_1 for kind in ("tr", "ir", "asr_tr", "asr_ir") for k in (1, 5, 10)}
-    return Row.model_validate(
-        {
-            **rates, "surrogate": "f", "victim": "f", "defence": "finetune", "attack": attack,
-            "threat": Threat(eps=eps), "dataset": "digits", "split": "val", "seed": 0, "n_images": 6, "n_captions": 30, "ci": {},
-            "max_distance": eps, "max_words_changed": 1, "seconds": 1.0, "pairs_per_s": 1.0,
-        }
-    )  # fmt: skip
+    setting = {"surrogate": "f", "victim": "f", "defence": "finetune", "dataset": "digits", "split": "val", "seed": 0}
+    counts = {"n_images": 6, "n_captions": 30, "max_words_changed": 1}
+    measured = {"ci": {}, "max_distance": eps, "seconds": 1.0, "pairs_per_s": 1.0}
+    return Row.model_validate({**setting, "attack": attack, "threat": Threat(eps=eps), **rates, **counts, **measured})

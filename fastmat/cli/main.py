@@ -64,7 +64,7 @@ def run(words: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
-    module.run(parser.parse_args(words[1:]))
+    module.run(parser.parse_intermixed_args(words[1:]))  # overrides may stand before and after options
     return 0
 
 

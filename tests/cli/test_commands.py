@@ -65,6 +65,13 @@ def test_attack_writes_a_set_and_never_over_one(fastmat: Fastmat, settings: list
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+def test_overrides_may_stand_on_both_sides_of_options(fastmat: Fastmat, settings: list[str], tmp_path: Path) -> None:
+    words = [*settings, "--out", tmp_path / "set", *ATTACK, "limit=2", "--resume"]
+    assert "holds nothing to go on with" in fastmat("attack", *words)[2]
+    assert fastmat("attack", *words[:-1])[0] == 0
+    assert len(images_of(tmp_path / "set")) == 2
+
+
 def test_interrupted_attack_goes_on_to_the_same_set(
     fastmat: Fastmat, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

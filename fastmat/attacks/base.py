@@ -66,6 +66,8 @@ class Attack(abc.ABC):
 def check_batch(batch: Batch, threat: ThreatModel) -> None:
     """Raise UserError unless `batch` is well formed and inside the pixel box."""
     low, high = threat.bounds
+    if not len(batch) or not batch.texts:
+        raise UserError(f"there is nothing to attack: {len(batch)} images and {len(batch.texts)} texts")
     if batch.images.dtype != torch.float32 or batch.images.dim() != 4 or batch.images.shape[1] != 3:
         raise UserError(f"images must be [B, 3, H, W] fp32, got {tuple(batch.images.shape)} {batch.images.dtype}")
     if not bool(((batch.images >= low) & (batch.images <= high)).all()):
@@ -126,9 +128,7 @@ def frozen(model: VisionLanguageModel) -> Iterator[None]:
 @torch.no_grad()
 def text_features(model: VisionLanguageModel, texts: Sequence[str], *, max_length: int | None = None) -> Tensor:
     """[T, E] unit features on the model's device."""
-    tokens = model.tokenize(texts, max_length=max_length)
-    device = model.logit_scale.device
-    return model.encode_text(type(tokens)(*(part.to(device) for part in tokens))).features
+    return model.encode_text(model.tokenize(texts, max_length=max_length).to(model.logit_scale.device)).features
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from torch import Tensor
 from fastmat.attacks.base import Attack
 from fastmat.attacks.draws import Draws
 from fastmat.attacks.objectives import Contrastive, Objective
-from fastmat.attacks.search import ascend, random_start
+from fastmat.attacks.search import ascend, check_steps, random_start
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.quirks import Quirks
 from fastmat.types import AttackContext, Batch, ThreatModel
@@ -16,8 +16,9 @@ from fastmat.types import AttackContext, Batch, ThreatModel
 class PGD(Attack):
     """Image only. Defaults: 10 steps of eps/4, random start (the step that SGA and Madry's CIFAR recipe use).
 
-    steps: iterations. step_size: in pixel units; None: eps / 4 (Linf) or eps / 5 (L2).
+    steps: iterations, at least 1. step_size: in pixel units; None: eps / 4 (Linf) or eps / 5 (L2).
     objective: what is ascended. random_start: uniform in the ball.
+    Raises UserError without a step or with a negative step size.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class PGD(Attack):
         seed: int = 0,
     ) -> None:
         super().__init__(threat=threat, seed=seed)
+        check_steps(steps, step_size)
         self.objective = objective or Contrastive()
         self.steps = steps
         self.step_size = threat.eps / (4 if threat.norm == "linf" else 5) if step_size is None else step_size

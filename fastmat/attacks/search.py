@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fastmat.attacks.draws import Draws
+from fastmat.errors import UserError
 from fastmat.ops import pgd_step
 from fastmat.types import Batch, ThreatModel
+
+
+def check_steps(steps: int, step_size: float | None) -> None:
+    """Raise UserError unless there is a step to take and its size (None: the attack's own) is finite, not negative."""
+    if steps < 1:
+        raise UserError(f"steps must be at least 1, got {steps}")
+    if step_size is not None and not 0 <= step_size < math.inf:
+        raise UserError(f"step_size must be a finite number that is not negative, got {step_size}")
 
 
 def random_start(
@@ -32,6 +42,7 @@ def random_start(
     return start.clamp_(*threat.bounds) if clamp else start
 
 
+@torch.enable_grad()
 def ascend(
     value: Callable[[Tensor, int], Tensor],
     x0: Tensor,

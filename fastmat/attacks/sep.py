@@ -8,7 +8,8 @@ from torch import Tensor
 from fastmat.attacks.base import Attack
 from fastmat.attacks.draws import Draws
 from fastmat.attacks.objectives import KLFromClean
-from fastmat.attacks.search import ascend, random_start
+from fastmat.attacks.pgd import PGD
+from fastmat.attacks.search import check_steps
 from fastmat.attacks.word_substitution import WordSubstitution
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.quirks import Quirks
@@ -22,6 +23,7 @@ class SepAttack(Attack):
 
     steps 10, step_size 1.25 eps/steps as in the published code. representation: what the text's KL compares
     ("embeds" for CLIP; "cls" or "tokens" for models whose text embedding is the token sequence).
+    Raises UserError without a step or with a negative step size.
     """
 
     def __init__(
@@ -38,9 +40,14 @@ class SepAttack(Attack):
         seed: int = 0,
     ) -> None:
         super().__init__(threat=threat, seed=seed)
-        self.steps = steps
-        self.step_size = 1.25 * threat.eps / steps if step_size is None else step_size
-        self.quirks = quirks or Quirks()
+        check_steps(steps, step_size)  # before dividing by it
+        self.image = PGD(
+            threat=threat,
+            objective=KLFromClean(),
+            steps=steps,
+            step_size=1.25 * threat.eps / steps if step_size is None else step_size,
+            quirks=quirks,
+        )
         self.words = WordSubstitution(
             mlm=mlm,
             max_words=threat.max_words,
@@ -49,23 +56,12 @@ class SepAttack(Attack):
             compare=representation,
             top_k=top_k,
             threshold=threshold,
-            quirks=self.quirks,
+            quirks=quirks,
         )
 
     def run(
         self, model: VisionLanguageModel, batch: Batch, context: AttackContext, draws: Draws
     ) -> tuple[Tensor, tuple[str, ...]]:
         texts = self.words.search(model, self.words.plan(model, batch.texts), None)
-        value = KLFromClean().bind(model, batch, context)
-        start = random_start(
-            batch, self.threat, draws, one_sided=self.quirks.one_sided_start, clamp=self.quirks.clamp_start
-        )
-        images = ascend(
-            lambda x, step: value(model.encode_image(x)),
-            batch.images,
-            start,
-            threat=self.threat,
-            steps=self.steps,
-            step_size=self.step_size,
-        )
+        images, _ = self.image.run(model, batch, context, draws)
         return images, texts

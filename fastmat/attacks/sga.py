@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmat.attacks.base import Attack
 from fastmat.attacks.draws import Draws
-from fastmat.attacks.search import ascend, random_start
+from fastmat.attacks.search import ascend, check_steps, random_start
 from fastmat.attacks.word_substitution import WordSubstitution
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.ops import cosine_to_set, scale_views
@@ -27,6 +27,7 @@ class SGA(Attack):
 
     steps 10, step_size eps/4 (0.5/255 at 2/255), scales and noise_std 0.05 as in the published code; the unscaled view
     carries no noise. top_k, threshold: the masked language model's candidates.
+    Raises UserError without a step or with a negative step size.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class SGA(Attack):
         seed: int = 0,
     ) -> None:
         super().__init__(threat=threat, seed=seed)
+        check_steps(steps, step_size)
         self.steps = steps
         self.step_size = threat.eps / 4 if step_size is None else step_size
         self.scales = tuple(scales)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastmat.attacks.base import frozen
 from fastmat.attacks.draws import Draws
 from fastmat.attacks.objectives import squared_l2_from
-from fastmat.attacks.search import ascend, random_start
+from fastmat.attacks.search import ascend, check_steps, random_start
 from fastmat.defences.base import Features, Views
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.types import Batch, ThreatModel
@@ -25,6 +25,7 @@ class FARE:
     """teacher: the original model; a frozen copy is taken here, so hand it in before training changes it.
 
     steps, step_size: the inner PGD; step_size in pixel units, None: eps/4 (1/255 at the published eps of 4/255).
+    Raises UserError without a step or with a negative step size.
     """
 
     trains: tuple[str, ...] = ("image",)
@@ -38,6 +39,7 @@ class FARE:
         step_size: float | None = None,
     ) -> None:
         assert isinstance(teacher, nn.Module)
+        check_steps(steps, step_size)
         self.threat = threat
         self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
         self.steps = steps

@@ -1,13 +1,21 @@
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from batches import random_batch
+from tiny_mlm import tiny_mlm
 
 from fastmat.attacks.base import Attack, context_of, within_budget, words_changed
 from fastmat.attacks.draws import SeededDraws
 from fastmat.attacks.objectives import Contrastive, CosineToOwn, KLFromClean, SquaredL2FromClean
 from fastmat.attacks.pgd import PGD
+from fastmat.attacks.sep import SepAttack
+from fastmat.attacks.sga import SGA
+from fastmat.attacks.word_substitution import WordSubstitution
+from fastmat.defences.fare import FARE
+from fastmat.defences.mat import MAT
+from fastmat.defences.tecoa_itr import TeCoAITR
 from fastmat.errors import UserError
 from fastmat.models.tiny import tiny_clip
 from fastmat.types import ThreatModel
@@ -143,6 +151,39 @@ def test_unusable_batches_are_refused() -> None:
             attack(model, batch.replace(images=images))
     with pytest.raises(UserError, match="8 entries"):
         attack(model, replace(batch, texts=batch.texts[:-1]))
+    with pytest.raises(UserError, match="nothing to attack: 0 images"):
+        attack(model, batch.rows(0, 0))
+
+
+ATTACKS = {
+    "pgd": PGD,
+    "sga": partial(SGA, mlm=tiny_mlm()),
+    "sep": partial(SepAttack, mlm=tiny_mlm()),
+    "tecoa_itr": TeCoAITR,
+    "fare": partial(FARE, teacher=tiny_clip()),
+    "mat": partial(MAT, text_search=WordSubstitution(mlm=tiny_mlm())),
+}
+
+
+@pytest.mark.parametrize("make", ATTACKS.values(), ids=ATTACKS)
+def test_steps_that_make_no_sense_are_refused(make) -> None:
+    for settings, reason in [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": -3}, "steps must be at least 1, got -3"),
+        ({"step_size": -0.01}, "step_size .* not negative, got -0.01"),
+        ({"step_size": float("nan")}, "finite"),
+    ]:
+        with pytest.raises(UserError, match=reason):
+            make(threat=ThreatModel(), **settings)
+    make(threat=ThreatModel(eps=0.0), steps=1, step_size=0.0)
+
+
+def test_an_attack_finds_its_gradients_inside_no_grad() -> None:
+    model, batch = tiny_clip(), random_batch()
+    attack = PGD(threat=ThreatModel(eps=8 / 255))
+    with torch.no_grad():
+        images = attack(model, batch).images
+    assert torch.equal(images, attack(model, batch).images)
 
 
 def test_threat_models_that_make_no_sense_are_refused() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from fastmat.types import ImageTransform
@@ -18,6 +19,9 @@ class TextTokens(NamedTuple):
 
     ids: Tensor
     mask: Tensor
+
+    def to(self, device: torch.device | str) -> TextTokens:
+        return TextTokens(self.ids.to(device, non_blocking=True), self.mask.to(device, non_blocking=True))
 
 
 class ImageState(NamedTuple):

@@ -85,5 +85,4 @@ class EncodedTexts:
             self._row[text] = self._row_of_ids[key]
         if not keep:
             return None
-        device = model.logit_scale.device
-        return model.encode_text(TextTokens(tokens.ids[keep].to(device), tokens.mask[keep].to(device)))
+        return model.encode_text(TextTokens(tokens.ids[keep], tokens.mask[keep]).to(model.logit_scale.device))

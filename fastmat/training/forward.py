@@ -20,12 +20,11 @@ def encode_views(forward: Forward, model: VisionLanguageModel, views: Views, bat
     forward: the prepared module, called once as `forward(images, tokens)` with the views stacked; `model` (unwrapped)
     only tokenises. The result holds each view apart again, embeddings and features in fp32.
     """
-    device = batch.images.device
     images = torch.cat(list(views.images.values())) if views.images else None
     tokens = None
     if views.texts:
         captions = [text for texts in views.texts.values() for text in texts]
-        tokens = TextTokens(*(part.to(device, non_blocking=True) for part in model.tokenize(captions)))
+        tokens = model.tokenize(captions).to(batch.images.device)
     encoded = forward(images, tokens)
     image_states: list[ImageState] = []
     if encoded.image is not None:

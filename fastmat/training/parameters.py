@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastmat.attacks.base import frozen
 from fastmat.errors import UserError, nearest
-from fastmat.models.protocol import TextTokens, VisionLanguageModel
+from fastmat.models.protocol import VisionLanguageModel
 
 TOWERS = ("image", "text")
 
@@ -49,8 +49,7 @@ def _outputs(model: VisionLanguageModel, trains: tuple[str, ...]) -> Tensor:
         size = model.image_transform.size
         total = total + model.encode_image(torch.zeros(1, 3, size, size, device=device)).embeds.sum()
     if "text" in trains:
-        tokens = model.tokenize(["a"])
-        total = total + model.encode_text(TextTokens(*(part.to(device) for part in tokens))).embeds.sum()
+        total = total + model.encode_text(model.tokenize(["a"]).to(device)).embeds.sum()
     if set(trains) == set(TOWERS):
         total = total + model.logit_scale
     return total

@@ -65,8 +65,9 @@ class ImageTransform:
             image = image.resize((self.size, self.size), resample)
         else:
             short = min(image.size)
-            width, height = (max(self.size, round(side * self.size / short)) for side in image.size)
-            left, top = (width - self.size) // 2, (height - self.size) // 2
+            # torchvision's rounding, which CLIP and its descendants were trained with: one pixel less moves the crop.
+            width, height = (int(self.size * side / short) for side in image.size)
+            left, top = round((width - self.size) / 2), round((height - self.size) / 2)
             image = image.resize((width, height), resample).crop((left, top, left + self.size, top + self.size))
         flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         return flat.view(self.size, self.size, 3).permute(2, 0, 1).contiguous()

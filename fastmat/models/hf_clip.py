@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from PIL.Image import Resampling
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from fastmat.errors import UserError
 from fastmat.models.dual_encoder import DualEncoder, Tokenizer
-from fastmat.models.weights import load_weights
 from fastmat.types import ImageTransform
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -53,33 +51,34 @@ class TransformersTokenizer:
         return self.wrapped(text, truncation=True, max_length=max_length)["input_ids"]
 
 
-def load_hf_clip(path: str, *, weights: str | None = None) -> DualEncoder:
+def load_hf_clip(path: str) -> DualEncoder:
     """A CLIPModel with its tokenizer and image processor.
 
-    path: a folder written by `save_pretrained`, or a hub id. weights: a file written by `fastmat train`, loaded last.
+    path: a folder written by `save_pretrained`, or a hub id.
     Raises UserError when files are missing, carry code, or keys do not match.
     """
     try:
         clip, info = CLIPModel.from_pretrained(path, output_loading_info=True, use_safetensors=None)
         tokenizer = CLIPTokenizer.from_pretrained(path)
         processor = CLIPImageProcessor.from_pretrained(path)
-    except (OSError, ValueError, RuntimeError) as error:
-        line = str(error).strip().splitlines()[0][:200]
+    except Exception as error:  # transformers, safetensors and pickle each raise their own
+        line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"no CLIP model could be loaded from {path!r} ({line}); give a folder or a hub id") from error
     bad = {what: sorted(info[what]) for what in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[what]}
     if bad:
         raise UserError(f"weights of {path!r} do not fit CLIPModel: {bad}")
     size = processor.size.get("shortest_edge") or processor.size["height"]
-    model = take_apart(
+    return take_apart(
         clip.float(),
         TransformersTokenizer(tokenizer),
-        ImageTransform(size=size, mode="crop" if processor.do_center_crop else "squash"),
+        ImageTransform(
+            size=size,
+            mode="crop" if processor.do_center_crop else "squash",
+            interpolation="bilinear" if processor.resample == Resampling.BILINEAR else "bicubic",
+        ),
         mean=tuple(processor.image_mean),
         std=tuple(processor.image_std),
     )
-    if weights is not None:
-        load_weights(model, Path(weights))
-    return model
 
 
 def take_apart(

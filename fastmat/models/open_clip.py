@@ -86,16 +86,12 @@ class WholeTextTower(nn.Module):
         return self.text(ids), None
 
 
-def load_open_clip(
-    architecture: str, *, pretrained: str | None = None, image_size: int | None = None, weights: str | None = None
-) -> DualEncoder:
+def load_open_clip(architecture: str, *, pretrained: str | None = None, image_size: int | None = None) -> DualEncoder:
     """A model of the open_clip library.
 
     architecture: a name such as "ViT-B-16", or a folder with `open_clip_config.json` and weights.
     pretrained: a tag of the library (downloaded by it), a weight file, or None for random weights (a folder brings
         its own). image_size: another resolution; position embeddings are interpolated.
-    weights: a file written by `fastmat train`, loaded last.
-
     Raises UserError for an unknown name, a folder without its files, weights that do not fit.
     """
     folder = Path(architecture)
@@ -121,7 +117,7 @@ def load_open_clip(
             force_custom_text=True,
             force_image_size=image_size,
         )
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # the hub, the configuration and the weights each raise their own
         raise UserError(f"open_clip could not make {architecture!r} ({_first_line(error)})") from error
     finally:
         logging.disable(logging.NOTSET)
@@ -129,11 +125,7 @@ def load_open_clip(
         raise UserError(f"{architecture!r} is a {type(clip).__name__}; only dual encoders are supported")
     if file is not None:
         load_weights(clip, file, rename=_custom_text_keys)
-    tokenizer = open_clip.get_tokenizer(name)
-    model = take_apart(clip.float(), tokenizer)
-    if weights is not None:
-        load_weights(model, Path(weights))
-    return model
+    return take_apart(clip.float(), open_clip.get_tokenizer(name))
 
 
 def take_apart(clip: CustomTextCLIP, tokenizer: object) -> DualEncoder:

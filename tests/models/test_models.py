@@ -1,8 +1,11 @@
 import json
 
+import numpy as np
 import open_clip
 import pytest
 import torch
+from PIL import Image
+from safetensors import safe_open
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from fastmat.errors import UserError
@@ -11,6 +14,7 @@ from fastmat.models.open_clip import load_open_clip
 from fastmat.models.protocol import FusionModel, VisionLanguageModel
 from fastmat.models.tiny import tiny_clip
 from fastmat.models.weights import load_weights, read_state, save_weights, weights_hash
+from fastmat.types import ImageTransform
 
 TEXTS = ["a dog runs", "two small dogs run over the green grass", "a"]
 
@@ -74,10 +78,11 @@ def test_transformers_folder_gives_the_library_s_embeddings(tmp_path) -> None:
         torch.manual_seed(0)
         clip = CLIPModel(config).eval()
     clip.save_pretrained(tmp_path)
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(tmp_path)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32, resample=2).save_pretrained(tmp_path)
     CLIPTokenizer(vocab=str(tmp_path / "vocab.json"), merges=str(tmp_path / "merges.txt")).save_pretrained(tmp_path)
     model = load_hf_clip(str(tmp_path)).eval()
     assert isinstance(model, VisionLanguageModel)
+    assert model.image_transform == ImageTransform(size=32, mode="crop", interpolation="bilinear")
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         want = clip.get_image_features(pixel_values=(images - model.mean) / model.std).pooler_output
@@ -85,6 +90,11 @@ def test_transformers_folder_gives_the_library_s_embeddings(tmp_path) -> None:
         tokens = model.tokenize(["a dog", "two dogs run"])
         want = clip.get_text_features(input_ids=tokens.ids).pooler_output
         torch.testing.assert_close(model.encode_text(tokens).embeds, want, atol=1e-5, rtol=1e-4)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(UserError, match="no CLIP model could be loaded"):
+        load_hf_clip(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(whole)
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match="no CLIP model could be loaded"):
         load_hf_clip(str(tmp_path))
@@ -120,6 +130,25 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
         load_open_clip("ViT-B-32", pretrained="opnai")
 
 
+@pytest.mark.parametrize(("mode", "name"), [("crop", "shortest"), ("squash", "squash")])
+@pytest.mark.parametrize("shape", [(97, 64), (64, 97), (61, 40), (40, 40), (333, 41), (20, 31)])
+def test_pictures_are_resized_as_open_clip_does(shape, mode, name) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    theirs = open_clip.image_transform(32, is_train=False, mean=(0, 0, 0), std=(1, 1, 1), resize_mode=name)
+    want = theirs(Image.fromarray(pixels)).mul(255).round().to(torch.uint8)
+    assert torch.equal(ImageTransform(size=32, mode=mode)(Image.fromarray(pixels)), want)
+
+
+def test_equal_weights_and_metadata_give_equal_files(tmp_path) -> None:
+    told = {"d": 1, "a": {"z": [1, 2], "b": "ü"}, "c": None, "b": 2.5}
+    backwards = dict(reversed(told.items()))
+    for n, metadata in enumerate([told, backwards] * 4):
+        save_weights(tiny_clip(), tmp_path / f"{n}.safetensors", metadata=metadata)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    with safe_open(tmp_path / "0.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["fastmat"]) == told
+
+
 def test_weights_that_do_not_fit_are_listed(tmp_path) -> None:
     path = tmp_path / "model.safetensors"
     save_weights(tiny_clip(image_size=64), path)
@@ -140,6 +169,10 @@ def test_files_with_code_or_damage_are_refused(tmp_path) -> None:
     torch.save({"state_dict": Bomb()}, tmp_path / "bomb.pt")
     with pytest.raises(UserError, match="carries code, which is never run"):
         read_state(tmp_path / "bomb.pt")
+    for damaged in (b"\x80\x02a", b"\x80\x04K\x01.", b"\xf0h", b"(lp0\n", bytes(40)):
+        (tmp_path / "damaged.pt").write_bytes(damaged)
+        with pytest.raises(UserError, match="damaged"):
+            read_state(tmp_path / "damaged.pt")
     save_weights(tiny_clip(), tmp_path / "whole.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:500])
     with pytest.raises(UserError, match=r"cut.safetensors is not a whole safetensors file"):

@@ -1,4 +1,4 @@
-"""The schema of an adversarial set's files, and the fingerprints that tie it to model, data and configuration."""
+"""The schema of an adversarial set's files, and the fingerprint that ties it to a configuration."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import BaseModel, Field
-from torch import nn
 
 from fastmat.evaluation.results import STRICT, Threat
+from fastmat.models.weights import weights_hash as model_fingerprint  # noqa: F401
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
@@ -65,15 +64,6 @@ class TextLine(BaseModel):
     source: str
     adversarial: str
     words_changed: int
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """sha256 over names, shapes, types and bytes of all parameters and buffers, on whatever device they are."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def config_fingerprint(config: dict[str, Any]) -> str:

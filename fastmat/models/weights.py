@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,12 +17,16 @@ from torch import Tensor, nn
 from fastmat.errors import UserError
 
 
-def save_weights(model: nn.Module, path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a state dict as safetensors; the file appears whole or not at all."""
+def save_weights(model: nn.Module, path: Path, *, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write a state dict as safetensors; the file appears whole or not at all, and equal arguments give equal bytes.
+
+    metadata: plain values, kept as JSON under the one key "fastmat", since safetensors orders several at random.
+    """
     path = Path(path)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     partial = path.with_name(path.name + ".partial")
-    save_file(state, partial, metadata=dict(metadata or {}))
+    told = None if metadata is None else {"fastmat": json.dumps(metadata, sort_keys=True)}
+    save_file(state, partial, metadata=told)
     with open(partial, "rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)
@@ -40,19 +45,24 @@ def read_state(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         except SafetensorError as error:
             raise UserError(f"{path} is not a whole safetensors file ({error}); copy or download it again") from error
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(
-            f"{path} cannot be read as plain tensors; it is damaged or carries code, which is never run: "
-            "convert it to safetensors where you trust it"
-        ) from error
+    content = read_plain(path)
     for nested in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(nested), Mapping):
             content = content[nested]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path} holds no state dict of tensors")
     return {str(key).removeprefix("module."): value for key, value in content.items()}
+
+
+def read_plain(path: Path) -> Any:
+    """Tensors and plain values of a torch file; code in it is never run. Raises UserError naming the file."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes the unpickler raise nearly anything
+        raise UserError(
+            f"{path} cannot be read as plain tensors; it is damaged or carries code, which is never run: "
+            "convert it to safetensors where you trust it"
+        ) from error
 
 
 def load_weights(
@@ -79,9 +89,9 @@ def load_weights(
 
 
 def weights_hash(model: nn.Module) -> str:
-    """sha256 over names, shapes and bytes of every parameter and buffer."""
+    """sha256 over names, types, shapes and bytes of every parameter and buffer, on whatever device they are."""
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
-        digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from fastmat.errors import UserError
-from fastmat.models.weights import load_weights, save_weights
+from fastmat.models.weights import load_weights, read_plain, save_weights
 
 
 def save_checkpoint(
@@ -100,14 +99,6 @@ def load_checkpoint(path: Path, *, model: nn.Module, optimizer: torch.optim.Opti
     """Weights and optimiser, in place. Raises UserError where they do not fit."""
     load_weights(model, path / "weights.safetensors")
     optimizer.load_state_dict(read_plain(path / "optimizer.pt"))
-
-
-def read_plain(path: Path) -> Any:
-    """Tensors and plain values of a torch file; code in it is never run."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"{path} is no checkpoint of fastmat or is damaged; delete its folder and resume") from error
 
 
 def differences(then: Any, now: Any, key: str = "") -> list[str]:

@@ -95,12 +95,13 @@ def train(
     log = StepLog(out / "log.jsonl", start=start, enabled=accelerator.is_main_process)
     bad_in_a_row = 0
     terms: dict[str, float] = {}
+    silent = None if accelerator.is_main_process else True  # None: where no terminal shows it; log.jsonl has it all
     autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
 
     with (
         training_mode(model, trained, settings.norm_statistics),
         interruptible() as stop_asked,
-        tqdm(total=settings.steps, initial=start, unit="step", disable=not accelerator.is_main_process) as bar,
+        tqdm(total=settings.steps, initial=start, unit="step", disable=silent) as bar,
     ):
         wrapped, prepared = accelerator.prepare(model, optimizer)
         for step, whole in zip(range(start, settings.steps), batches.iterate(start, settings.steps), strict=True):
@@ -151,8 +152,7 @@ def train(
                     raise Interrupted(last_checkpoint)
         weights = out / "model.safetensors"
         if accelerator.is_main_process:
-            # One key: safetensors writes several in a random order, and equal runs should give equal files.
-            save_weights(model, weights, metadata={"fastmat": json.dumps(told)})
+            save_weights(model, weights, metadata=told)
         accelerator.wait_for_everyone()
         return TrainReport(
             weights=weights,

@@ -15,10 +15,11 @@ from fastmat.attacks.pgd import PGD
 from fastmat.errors import UserError
 from fastmat.evaluation.adversarial_set import AdversarialSet, AdversarialSetWriter
 from fastmat.evaluation.evaluate import Attacked, clean_ranks, encode_gallery, evaluate, gallery_context, run_attack
-from fastmat.evaluation.manifest import Manifest, config_fingerprint, model_fingerprint, sha256
+from fastmat.evaluation.manifest import Manifest, config_fingerprint, sha256
 from fastmat.evaluation.results import Setting, Threat
 from fastmat.models.dual_encoder import DualEncoder
 from fastmat.models.tiny import tiny_clip
+from fastmat.models.weights import weights_hash
 from fastmat.types import Batch
 
 Split = Callable[[int], list[Batch]]
@@ -29,7 +30,7 @@ CONFIG = {"steps": 3, "nested": {"a": [1, 2]}}
 @pytest.fixture
 def plan(model: DualEncoder) -> Manifest:
     return Manifest(
-        model=model_fingerprint(model),
+        model=weights_hash(model),
         data=sha256(b"data"),
         config_sha256=config_fingerprint(CONFIG),
         config=CONFIG,
@@ -295,12 +296,12 @@ def test_budget_is_measured_against_the_clean_images(
         stored.check_budget([data.replace(images=data.images[:, :, :16, :16])])
 
 
-def test_fingerprints() -> None:
-    assert model_fingerprint(tiny_clip(seed=0)) == model_fingerprint(tiny_clip(seed=0))
+def test_fingerprints_tell_one_weight_and_one_setting_apart() -> None:
+    assert weights_hash(tiny_clip(seed=0)) == weights_hash(tiny_clip(seed=0))
     other = tiny_clip(seed=0)
     with torch.no_grad():
         next(iter(other.parameters())).view(-1)[0] += 1e-3
-    assert model_fingerprint(other) != model_fingerprint(tiny_clip(seed=0))
+    assert weights_hash(other) != weights_hash(tiny_clip(seed=0))
     assert config_fingerprint({"a": 1, "b": 2}) == config_fingerprint({"b": 2, "a": 1})
     assert config_fingerprint({"a": 1}) != config_fingerprint({"a": 2})
 

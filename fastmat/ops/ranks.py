@@ -12,8 +12,9 @@ def retrieval_ranks(
 ) -> Tensor:
     """[Q] int64: for each query the rank (0 is best) of its best positive by dot product.
 
-    queries [Q, E], gallery [G, E]; positives have equal groups. Ties: only strictly larger scores of non-positives
-    count. A query without a positive gets rank G. Memory is O(chunk x G).
+    queries [Q, E], gallery [G, E]; positives have equal groups. A query without a positive gets rank G. Ties: half of
+    the non-positives with the very score of the best positive stand before it, rounded down, so that a model that gives
+    everything the same features ranks in the middle, not first. Memory is O(chunk x G).
     """
     ranks = torch.empty(len(queries), dtype=torch.int64, device=queries.device)
     for start in range(0, len(queries), chunk):
@@ -33,5 +34,6 @@ def ranks_of_scores(scores: Tensor, *, query_group: Tensor, gallery_group: Tenso
     """
     positive = query_group[:, None] == gallery_group[None, :]
     best = scores.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)
-    better = ((scores > best) & ~positive).sum(1)
-    return torch.where(positive.any(1), better, scores.shape[1])
+    better = (scores > best).sum(1)
+    tied = ((scores == best) & ~positive).sum(1)
+    return torch.where(positive.any(1), better + tied // 2, scores.shape[1])

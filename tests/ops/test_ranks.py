@@ -10,7 +10,9 @@ def brute_force(scores, query_group, gallery_group) -> list[int]:
     for row, group in zip(scores.tolist(), query_group.tolist(), strict=True):
         own = [s for s, g in zip(row, gallery_group.tolist(), strict=True) if g == group]
         others = [s for s, g in zip(row, gallery_group.tolist(), strict=True) if g != group]
-        ranks.append(sum(s > max(own) for s in others) if own else len(row))
+        ranks.append(
+            sum(s > max(own) for s in others) + sum(s == max(own) for s in others) // 2 if own else len(row)
+        )
     return ranks
 
 
@@ -24,7 +26,12 @@ def test_against_brute_force_with_ragged_positives_and_ties(chunk: int) -> None:
     assert got.tolist() == brute_force(queries @ gallery.T, query_group, gallery_group)
 
 
-def test_a_tie_counts_for_the_positive() -> None:
+def test_a_single_tie_counts_for_the_positive() -> None:
     scores = torch.tensor([[1.0, 1.0, 2.0]])
     group = torch.tensor([0, 1, 2])
     assert ranks_of_scores(scores, query_group=group[:1], gallery_group=group).tolist() == [1]
+
+
+def test_a_model_without_any_opinion_ranks_in_the_middle() -> None:
+    same, group = torch.ones(21, 4), torch.arange(21)
+    assert retrieval_ranks(same, same, query_group=group, gallery_group=group).tolist() == [10] * 21

@@ -110,12 +110,10 @@ def words_changed(source: str, adversarial: str) -> int:
 
 
 @contextmanager
-def frozen(model: VisionLanguageModel) -> Iterator[None]:
-    """Eval mode and no parameter gradients inside; every module's mode and flag as before outside."""
-    assert isinstance(model, nn.Module)
+def restored(model: nn.Module) -> Iterator[None]:
+    """Whatever happens inside, every module's mode and every parameter's gradient flag are as before outside."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval().requires_grad_(False)
     try:
         yield
     finally:
@@ -123,6 +121,15 @@ def frozen(model: VisionLanguageModel) -> Iterator[None]:
             module.training = training
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+@contextmanager
+def frozen(model: VisionLanguageModel) -> Iterator[None]:
+    """Eval mode and no parameter gradients inside; as before outside."""
+    assert isinstance(model, nn.Module)
+    with restored(model):
+        model.eval().requires_grad_(False)
+        yield
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastmat.attacks.base import frozen
+from fastmat.attacks.base import frozen, restored
 from fastmat.errors import UserError, nearest
 from fastmat.models.protocol import VisionLanguageModel
 
@@ -71,21 +71,14 @@ def training_mode(
 
     Modes and flags are as before outside.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.train().requires_grad_(False)
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.train(norm_statistics == "batch" and any(p.requires_grad for p in module.parameters()))
-    try:
+    with restored(model):
+        model.train().requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train(norm_statistics == "batch" and any(p.requires_grad for p in module.parameters()))
         yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 @torch.no_grad()

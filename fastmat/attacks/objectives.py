@@ -40,11 +40,14 @@ class Contrastive:
 
     def bind(self, model: VisionLanguageModel, batch: Batch, context: AttackContext) -> Bound:
         scale = model.logit_scale.detach()
-        positive = batch.group[:, None] == context.text_group[None, :]
+        # Only texts that match something in the batch have a term to images, a few of a whole gallery's.
+        own = torch.isin(context.text_group, batch.group)
+        texts, text_group = context.text_features[own], context.text_group[own]
+        positive = batch.group[:, None] == text_group[None, :]
         weight = positive / positive.sum(1, keepdim=True).clamp_min(1)
         with torch.no_grad():
-            to_images = scaled_logits(context.text_features, context.image_features, scale)
-            to_images.masked_fill_(context.text_group[:, None] == context.image_group[None, :], -torch.inf)
+            to_images = scaled_logits(texts, context.image_features, scale)
+            to_images.masked_fill_(text_group[:, None] == context.image_group[None, :], -torch.inf)
             others = to_images.logsumexp(1)
 
         def value(state: ImageState) -> Tensor:
@@ -54,7 +57,7 @@ class Contrastive:
                     state.features, context.text_features, scale, row_group=batch.group, column_group=context.text_group
                 )
             if self.directions != "i2t":
-                live = scaled_logits(state.features, context.text_features, scale)
+                live = scaled_logits(state.features, texts, scale)
                 total = total + ((torch.logaddexp(others, live) - live) * weight).sum(1)
             return total / 2 if self.directions == "both" else total
 

@@ -7,7 +7,7 @@
 | `text_max_length` | None: the model's own context | 77 (CLIP source), 30 (BERT source) | SGA; Co-Attack 30 |
 | `mid_max_length` | None: the model's own context | 30: the misspelt `max_lemgth` is swallowed | SGA, re-encoding between text and image attack |
 | `round_trip` | False: the victim reads the caption | True: caption -> BERT pieces -> string -> CLIP BPE | SGA and Co-Attack with CLIP victims |
-| `blanks_in_candidates` | False: one word replaces one word | True: a several-piece word may become several words | BERT-Attack and descendants |
+| `blanks_in_candidates` | False: one word replaces one word; special tokens such as [UNK] are no words | True: a several-piece word may become several words, and [UNK] is a candidate | BERT-Attack and descendants |
 | `case_sensitive_filters` | False | True: "The" is no stop word, "Dog" -> "dog" counts as a change | BERT-Attack and descendants |
 | `antialias` | True | False: tensor resize of torchvision 0.15 | SGA's scale views |
 | `one_sided_start` | False: start uniform in [-eps, eps] | True: uniform in [0, eps] | Co-Attack, Sep-Attack |

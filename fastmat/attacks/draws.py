@@ -34,7 +34,8 @@ class SeededDraws:
         return torch.stack(rows).mul_(2).sub_(1).to(index.device)
 
     def normal(self, name: str, index: Tensor, shape: Sequence[int]) -> Tensor:
-        return torch.stack([torch.randn(tuple(shape), generator=g) for g in self._generators(name, index)]).to(index.device)
+        rows = [torch.randn(tuple(shape), generator=g) for g in self._generators(name, index)]
+        return torch.stack(rows).to(index.device)
 
     def _generators(self, name: str, index: Tensor) -> list[torch.Generator]:
         def seed(i: int) -> int:

@@ -153,7 +153,9 @@ def test_fare_takes_one_plain_step_per_iteration():
     model = tiny_clip().eval()
     batch = make_batch()
     teacher = tiny_clip(seed=1).eval()
-    start = FARE(threat=THREAT, teacher=teacher, steps=0).perturb(model, batch, SeededDraws(3)).images["adv"]
+    start = (
+        FARE(threat=THREAT, teacher=teacher, steps=1, step_size=0.0).perturb(model, batch, SeededDraws(3)).images["adv"]
+    )
     moved = FARE(threat=THREAT, teacher=teacher, steps=1).perturb(model, batch, SeededDraws(3)).images["adv"]
     x = start.clone().requires_grad_(True)
     distance = ((model.encode_image(x).embeds - teacher.encode_image(batch.images).embeds.detach()) ** 2).sum()

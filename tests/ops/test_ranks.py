@@ -10,9 +10,7 @@ def brute_force(scores, query_group, gallery_group) -> list[int]:
     for row, group in zip(scores.tolist(), query_group.tolist(), strict=True):
         own = [s for s, g in zip(row, gallery_group.tolist(), strict=True) if g == group]
         others = [s for s, g in zip(row, gallery_group.tolist(), strict=True) if g != group]
-        ranks.append(
-            sum(s > max(own) for s in others) + sum(s == max(own) for s in others) // 2 if own else len(row)
-        )
+        ranks.append(sum(s > max(own) for s in others) + sum(s == max(own) for s in others) // 2 if own else len(row))
     return ranks
 
 

@@ -62,6 +62,12 @@ DATASETS = {
     "digits": "fastmat.data.digits:digits_set",
 }
 
+# Where pydantic speaks of classes and patterns.
+PLAINER = {
+    "path_type": "input should be a path",
+    "string_pattern_mismatch": "a label may hold letters, digits and . + - _ only",
+}
+
 # A parameter of one of these types is itself a component.
 SEAMS: dict[type, Mapping[str, str]] = {Objective: OBJECTIVES, TextSearch: TEXT_SEARCHES}
 Given = Mapping[str, Callable[[], object]]
@@ -199,7 +205,12 @@ def sentence(error: ValidationError) -> str:
     """pydantic's first complaint, in one line."""
     first = error.errors()[0]
     inner = first.get("ctx", {}).get("error")
-    return str(inner) if isinstance(inner, UserError) else f"{first['msg'].lower()}, got {first['input']!r}"
+    if isinstance(inner, UserError):
+        return str(inner)
+    if first["type"] == "missing":
+        return "this key is required; set it"
+    said = PLAINER.get(first["type"], first["msg"][:1].lower() + first["msg"][1:])
+    return f"{said}, got {first['input']!r}"
 
 
 def number(value: Any) -> Any:
@@ -240,7 +251,17 @@ def build_model(
         from fastmat.models.weights import load_weights
 
         load_weights(model, Path(weights))
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise at(where, f"its weights are NaN or infinite in '{name}'; take a checkpoint from before that")
     return typing.cast("VisionLanguageModel", model.to(device).eval())
+
+
+def check_weights(component: Component, *, where: str) -> None:
+    """Raise UserError when a model's `weights` file is missing: at once, not when its turn comes."""
+    weights = component.arguments.get("weights")
+    if weights is not None and not Path(weights).is_file():
+        raise at(where, f"weights file {weights} does not exist")
 
 
 def build_mlm(folder: str | None, *, device: torch.device | str = "cpu") -> MaskedLanguageModel:
@@ -309,8 +330,11 @@ def split_quirks(arguments: Mapping[str, Any], *, where: str) -> tuple[dict[str,
 
 def build_data(component: Component, *, limit: int | None = None, where: str = "data") -> RetrievalSet:
     """A retrieval set, its first `limit` images."""
-    dataset = build(DATASETS, component, where=where)
-    return typing.cast("RetrievalSet", dataset if limit is None else dataset.take(limit))
+    dataset = typing.cast("RetrievalSet", build(DATASETS, component, where=where))
+    try:
+        return dataset if limit is None else dataset.take(limit)
+    except UserError as error:
+        raise at("limit", error) from error
 
 
 def json_set(
@@ -323,7 +347,10 @@ def json_set(
 ) -> RetrievalSet:
     """A JSON list in the ALBEF/Karpathy format and a folder of images.
 
-    title, split: as the tables shall name them. captions: pre-processing.
+    annotations: the JSON file. images: the folder that its `image` paths start from.
+    title, split: as the tables shall name them.
+    captions: pre-processing; "albef": lower case, punctuation removed; "blip": lower case, some punctuation to blanks;
+        both keep 30 words.
     """
     return read_retrieval_set(annotations, images, name=title, split=split, captions=captions)
 
@@ -332,10 +359,9 @@ def resolve_device(name: str) -> torch.device:
     """ "auto" is a GPU when there is one. Raises UserError on a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"device: '{name}' is no device; write auto, cpu, cuda or cuda:N") from error
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise UserError(f"device: '{name}' is no device of fastmat; write auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device: '{name}' is not here; this machine has {torch.cuda.device_count()} CUDA devices")
     return device

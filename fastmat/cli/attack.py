@@ -1,7 +1,7 @@
 """Attack a model and write the adversarial set: images, captions and a manifest. Resumable.
 
-fastmat attack clip-vit-b16-flickr30k-attack --out runs/sga
-fastmat attack clip-vit-b16-flickr30k-attack --out runs/sga-strong attack.steps=50 threat.eps=4/255
+fastmat attack --config clip-vit-b16-flickr30k-attack --out runs/sga
+fastmat attack --config configs/clip-vit-b16-flickr30k-attack.yaml --out runs/sga4 threat.eps=4/255
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from fastmat.cli.common import (
     fingerprint,
     label_of,
     progress,
-    split_settings,
 )
 from fastmat.cli.config import AttackConfig
 from fastmat.cli.keys import describe
 from fastmat.cli.load import load_config, plain
 from fastmat.cli.parser import Parser
 from fastmat.data.loader import evaluation_batches
-from fastmat.evaluation.adversarial_set import AdversarialSetWriter
+from fastmat.evaluation.adversarial_set import MANIFEST, AdversarialSetWriter
 from fastmat.evaluation.evaluate import encode_gallery, gallery_context, run_attack
 from fastmat.evaluation.manifest import Manifest, config_fingerprint
 from fastmat.evaluation.results import Threat
@@ -42,8 +41,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    source, overrides = split_settings(arguments)
-    config = load_config(AttackConfig, source, overrides)
+    config = load_config(AttackConfig, arguments.config, arguments.settings)
     write_attacked(config, arguments.out, resume=arguments.resume)
 
 
@@ -51,7 +49,7 @@ def write_attacked(config: AttackConfig, out: Path, *, resume: bool = False) -> 
     """Write, or finish, the adversarial set at `out`."""
     threat = build_threat(config.threat)
     device = resolve_device(config.device)
-    check_out(out, resume=resume)
+    check_out(out, resume=resume, sign=MANIFEST)
     attack = build_attack(
         config.attack, threat=threat, mlm=lambda: build_mlm(config.mlm, device=device), seed=config.seed
     )

@@ -23,37 +23,32 @@ class Interrupted(KeyboardInterrupt):
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, *, resume: bool) -> None:
-    """CONFIG, key=value, --config, --out and, where it can be, --resume."""
-    parser.add_argument(
-        "settings", nargs="*", metavar="CONFIG | key=value", help="a config and overrides, in any order"
-    )
+    """--config, key=value, --out and, where it can be, --resume."""
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="overrides, such as threat.eps=4/255")
     parser.add_argument("--config", metavar="NAME_OR_PATH", help="a config that ships with fastmat, or a YAML file")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="new folder for what is written")
     if resume:
         parser.add_argument("--resume", action="store_true", help="go on with what is in --out")
 
 
-def split_settings(arguments: argparse.Namespace) -> tuple[str | None, list[str]]:
-    """The config's name or path, and the overrides."""
-    names = [text for text in arguments.settings if "=" not in text]
-    if arguments.config is not None:
-        names.append(arguments.config)
-    if len(names) > 1:
-        raise UserError(f"one config, please; got {', '.join(names)}")
-    return (names[0] if names else None), [text for text in arguments.settings if "=" in text]
+def check_out(out: Path, *, resume: bool, sign: str) -> None:
+    """Raise UserError when `out` cannot be made, or would be written over, or `--resume` has nothing to go on with.
 
-
-def check_out(out: Path, *, resume: bool = False) -> None:
-    """Raise UserError when writing to `out` would write over something, or `--resume` has nothing to go on with."""
+    sign: a file or folder that a run of the command leaves in `out`.
+    """
     if os.environ.get("RANK", "0") != "0":
         return  # the first process of a distributed run decides, and may have made the folder by now
     if out.is_file():
         raise UserError(f"--out {out} is a file; name a new folder")
-    filled = out.is_dir() and any(out.iterdir())
-    if filled and not resume:
-        raise UserError(f"--out {out} exists and is not empty; name a new folder, remove it, or add --resume")
-    if resume and not filled:
-        raise UserError(f"--resume: {out} holds nothing to go on with; leave --resume out")
+    begun = (out / sign).exists()
+    if resume and not begun:
+        raise UserError(f"--resume: {out} has no {sign} to go on with; leave --resume out, and name a new folder")
+    if not resume and out.is_dir() and any(out.iterdir()):
+        hint = ", or add --resume" if begun else ""
+        raise UserError(f"--out {out} exists and is not empty; name a new folder, remove it{hint}")
+    above = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out} cannot be made: {above} is no folder that you may write to; name another")
 
 
 def label_of(model: Component) -> str:

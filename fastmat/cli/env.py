@@ -1,4 +1,4 @@
-"""Show what results depend on: versions of fastmat, Python and the libraries, and the devices there are.
+"""Show what results depend on: versions of fastmat, Python and the libraries, and the devices.
 
 fastmat env
 """

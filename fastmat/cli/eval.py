@@ -1,10 +1,10 @@
 """Rank images and captions of a data set, clean and attacked, by one victim or several.
 
-Writes results.json, examples.json and report.html. A victim is attacked through its own gradients (white box) unless
-`surrogate` names another model. Resumable, row by row.
+Writes results.json, examples.json and report.html. A victim is attacked through its own gradients
+(white box) unless `surrogate` names another model. Resumable, row by row.
 
-    fastmat eval clip-vit-b16-flickr30k-eval --out runs/eval
-    fastmat eval clip-vit-b16-flickr30k-eval --out runs/eval-sets 'sets=[runs/sga]' 'attacks={}'
+    fastmat eval --config clip-vit-b16-flickr30k-eval --out runs/eval
+    fastmat eval --config clip-vit-b16-flickr30k-eval --out runs/sets 'sets=[runs/sga]' 'attacks={}'
 """
 
 from __future__ import annotations
@@ -18,7 +18,16 @@ from pathlib import Path
 import torch
 
 from fastmat.attacks.base import Attack
-from fastmat.build import Component, build_attack, build_data, build_mlm, build_model, build_threat, resolve_device
+from fastmat.build import (
+    Component,
+    build_attack,
+    build_data,
+    build_mlm,
+    build_model,
+    build_threat,
+    check_weights,
+    resolve_device,
+)
 from fastmat.cli.common import (
     Interrupted,
     add_config_arguments,
@@ -27,7 +36,6 @@ from fastmat.cli.common import (
     fingerprint,
     label_of,
     progress,
-    split_settings,
 )
 from fastmat.cli.config import EvalConfig, Victim
 from fastmat.cli.keys import describe
@@ -63,15 +71,14 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    source, overrides = split_settings(arguments)
-    config = load_config(EvalConfig, source, overrides)
-    check_out(arguments.out, resume=arguments.resume)
+    config = load_config(EvalConfig, arguments.config, arguments.settings)
+    check_out(arguments.out, resume=arguments.resume, sign="results.json")
     try:
         results = evaluate_models(config, arguments.out, resume=arguments.resume)
     except KeyboardInterrupt as error:
-        raise Interrupted(
-            f"finished rows are in {arguments.out / 'results.json'}; the same command with --resume goes on"
-        ) from error
+        file = arguments.out / "results.json"
+        said = f"finished rows are in {file}; the same command with --resume goes on" if file.exists() else None
+        raise Interrupted(said or "no row was finished, nothing was written") from error
     print(table(results.rows))
     print(write_report(arguments.out))
 
@@ -80,8 +87,11 @@ def evaluate_models(config: EvalConfig, out: Path, *, resume: bool = False) -> R
     """Every row that `config` asks for, in `out/results.json`, and the report."""
     threat = build_threat(config.threat)
     device = resolve_device(config.device)
+    for label, victim in config.victims.items():
+        check_weights(victim.model, where=f"victims.{label}.model")
     mlm = cache(lambda: build_mlm(config.mlm, device=device))
-    radii = [threat, *(replace(threat, eps=eps) for eps in config.eps if eps != threat.eps)]
+    more = [build_threat({**config.threat, "eps": eps}, where="eps") for eps in config.eps]
+    radii = [threat, *(other for other in more if other != threat)]
     attacks = {
         label: [build_attack(c, threat=t, mlm=mlm, seed=config.seed, where=f"attacks.{label}") for t in radii]
         for label, c in config.attacks.items()

@@ -3,41 +3,46 @@
 from __future__ import annotations
 
 import inspect
+import re
 import textwrap
 from collections.abc import Iterator
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from pydantic_core import PydanticUndefined
 
-from fastmat.build import OBJECTIVES, RESERVED, SEAMS, TEXT_SEARCHES, locate, parameters_of, reserved
+from fastmat import quirks
+from fastmat.build import OBJECTIVES, SEAMS, TEXT_SEARCHES, locate, parameters_of
 from fastmat.cli.config import Fields, OneOf, Section
 from fastmat.defences.mat import TextSearch
 
-DEFAULTED = (TextSearch,)  # `fastmat.build.given_of` makes one when a config names none
+WIDTH = 100
 
 
 def describe(schema: type[Section]) -> str:
     """Every key with type, default and meaning; then every component with its arguments and its own words."""
-    lines = ["config keys (a file given as CONFIG, key=value on top; floats may be fractions such as 2/255):", ""]
+    lines = ["config keys (in the YAML file, key=value on top; floats may be fractions such as 2/255):", ""]
     registries: list[OneOf] = []
+    explained: list[Fields] = []
     for key, annotation, default, meaning in keys_of(schema):
         lines.append(f"  {key}: {type_name(annotation)}{default_text(default)}")
-        lines += textwrap.wrap(meaning, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += wrapped(meaning, 6)
         marks = list(marks_of(annotation))
         registries += [mark for mark in marks if isinstance(mark, OneOf) and mark not in registries]
         for mark in marks:
             if isinstance(mark, Fields):
-                lines += [f"    {line}" for line in arguments_of(mark.factory, prefix=f"{key}.")]
+                lines += [f"    {line}" for line in arguments_of(mark.factory, prefix=f"{key}.", run_seed=True)]
+                lines += wrapped(inspect.getdoc(locate(mark.factory)), 6) if mark not in explained else []
+                explained.append(mark)
     for registry in registries:
         lines += ["", f"{registry.title}:"]
         for name, factory in registry.registry.items():
-            lines += component_help(name, factory)
+            lines += component_help(name, factory, run_seed=registry.title in ("attacks", "defences"))
         if registry.title in ("attacks", "defences"):
             lines += ["  every one of them also takes: parity=correct|official, quirks={name: value}"]
         if registry.title == "models":
             lines += ["  every one of them also takes: weights=FILE, which `fastmat train` wrote"]
     if any(registry.title in ("attacks", "defences") for registry in registries):
-        lines += ["", "quirks:", *(f"  {line}" for line in arguments_of("fastmat.quirks:Quirks", prefix=""))]
+        lines += ["", "quirks:", *quirk_help()]
         for title, parts in (("objectives", OBJECTIVES), ("text searches", TEXT_SEARCHES)):
             lines += ["", f"{title}:"]
             for name, factory in parts.items():
@@ -56,20 +61,48 @@ def keys_of(schema: type[Section], prefix: str = "") -> Iterator[tuple[str, Any,
             yield from keys_of(inner, f"{prefix}{name}{label}.")
 
 
-def component_help(name: str, factory: str) -> list[str]:
+def component_help(name: str, factory: str, *, run_seed: bool = False) -> list[str]:
     """Name, arguments with types and defaults, and the docstring."""
-    made = locate(factory)
-    lines = [f"  {name}", *(f"    {line}" for line in arguments_of(factory, prefix=""))]
-    return lines + [f"      {line}".rstrip() for line in (inspect.getdoc(made) or "").splitlines()]
+    lines = [f"  {name}", *(f"    {line}" for line in arguments_of(factory, prefix="", run_seed=run_seed))]
+    return lines + wrapped(inspect.getdoc(locate(factory)), 6)
 
 
-def arguments_of(factory: str, *, prefix: str) -> list[str]:
-    made = locate(factory)
+def quirk_help() -> Iterator[str]:
+    """Each quirk with the two values that the table in `fastmat.quirks` gives it."""
+    table = re.findall(r"^\| `(\w+)` \| (.+?) \| (.+?) \| (.+?) \|$", quirks.__doc__ or "", flags=re.MULTILINE)
+    meanings = {name: f"correct: {right}. published: {published} ({where})." for name, right, published, where in table}
+    for line in arguments_of("fastmat.quirks:Quirks", prefix=""):
+        yield f"  {line}"
+        yield from wrapped(meanings[line.partition(":")[0]], 6)
+
+
+def wrapped(text: str | None, indent: int) -> list[str]:
+    """Lines of at most WIDTH; what continues a line, by a deeper indentation or for want of room, hangs below it."""
+    entries: list[str] = []
+    for line in (text or "").splitlines():
+        if line.startswith(" ") and entries:
+            entries[-1] += f" {line.lstrip()}"
+        else:
+            entries.append(line)
+    margin = " " * indent
     return [
-        f"{prefix}{name}: {type_name(annotation)}{'' if annotation in DEFAULTED else default_text(default)}"
-        for name, (annotation, default) in parameters_of(made).items()
-        if name not in reserved(made) & RESERVED
+        line
+        for entry in entries
+        for line in textwrap.wrap(entry, WIDTH, initial_indent=margin, subsequent_indent=f"{margin}    ") or [""]
     ]
+
+
+def arguments_of(factory: str, *, prefix: str, run_seed: bool = False) -> list[str]:
+    """One line per argument. run_seed: the run hands its own seed to whatever does not set one."""
+    lines = []
+    for name, (annotation, default) in parameters_of(locate(factory)).items():
+        text = default_text(default)
+        if annotation is TextSearch:
+            text = " = word_substitution"  # `fastmat.build.given_of` makes it
+        if run_seed and name == "seed":
+            text = " = the run's seed"
+        lines.append(f"{prefix}{name}: {type_name(annotation)}{text}")
+    return lines
 
 
 def section_in(annotation: Any) -> type[Section] | None:

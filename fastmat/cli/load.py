@@ -30,7 +30,7 @@ def validate(schema: type[S], values: Mapping[str, Any], *, source: str) -> S:
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        where = ".".join(str(part) for part in error.errors()[0]["loc"])
+        where = ".".join(str(part) for part in error.errors()[0]["loc"] if part != "[key]")
         raise UserError(f"{source}: {where}{': ' if where else ''}{sentence(error)}") from error
 
 
@@ -46,13 +46,34 @@ def read_yaml(source: str) -> dict[str, Any]:
             raise UserError(f"{source} is not UTF-8 text; save it as UTF-8") from error
     else:
         raise UserError(f"config '{source}' is neither a file nor a shipped config{nearest(source, shipped())}")
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
+    values = from_yaml(text, what=source)
     if not isinstance(values, dict):
-        raise UserError(f"{source} must hold keys and values, not {type(values).__name__}")
+        found = "is empty" if values is None else f"holds a {type(values).__name__}"
+        raise UserError(f"{source} {found}; expected keys and values, such as `seed: 0`")
     return values
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """Of two equal keys YAML silently takes the last; here they are a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        written = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in written:
+            if written.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def from_yaml(text: str, *, what: str) -> Any:
+    """The value that `text` writes. Raises UserError, which begins with `what`, when it is not YAML."""
+    try:
+        return yaml.load(text, Loader=UniqueKeys)
+    except RecursionError as error:
+        raise UserError(f"{what} is nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{what} is not YAML{place}: {problem or ' '.join(str(error).split())}") from error
 
 
 def shipped() -> list[str]:
@@ -65,12 +86,8 @@ def override(values: dict[str, Any], text: str) -> None:
     """Apply one `dotted.key=value` in place; the value is read as YAML."""
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise UserError(f"override '{text}' must read key=value, such as attack.steps=20")
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"override '{text}': the value is not YAML: {' '.join(str(error).split())}") from error
-    put(values, key, parsed)
+        raise UserError(f"'{text}' must read key=value, such as attack.steps=20; a config is named by --config")
+    put(values, key, from_yaml(value, what=f"override '{text}': the value"))
 
 
 def put(values: dict[str, Any], key: str, value: Any) -> None:

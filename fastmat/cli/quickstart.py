@@ -1,8 +1,9 @@
 """The main job on data that needs no download: attack a small model, harden it, evaluate, report.
 
-Scenes of handwritten digits with captions. A masked language model and a dual encoder are trained on them; the encoder
-is fine-tuned and hardened by each defence, from the same weights and for the same number of outer steps; all are
-attacked on the test split, at a radius chosen on the validation split. Minutes on two cores.
+Scenes of handwritten digits with captions. A masked language model and a dual encoder are trained
+on them; the encoder is fine-tuned and hardened by each defence, from the same weights and for the
+same number of outer steps; all are attacked on the test split, at a radius chosen on the validation
+split. Minutes on two cores.
 
     fastmat quickstart --out runs/quickstart
 
@@ -18,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastmat.build import DATASETS, build_data, parse
+from fastmat.build import DATASETS, build_data, build_threat, parse
 from fastmat.cli.common import Interrupted, check_out
 from fastmat.cli.config import EvalConfig, QuickstartConfig, TrainConfig
 from fastmat.cli.eval import evaluate_models
@@ -51,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     for text in arguments.settings:
         override(values, text)
     config = validate(QuickstartConfig, values, source=arguments.config)
-    check_out(arguments.out, resume=arguments.resume)
+    check_out(arguments.out, resume=arguments.resume, sign="config.json")
     try:
         results, eps = Quickstart(config, arguments.out).run()
     except KeyboardInterrupt as error:
@@ -70,6 +71,9 @@ class Quickstart:
         for label, known in ((config.choose_by, config.attacks), (config.choose_on, config.harden.defences)):
             if label not in known:
                 raise UserError(f"'{label}', which chooses eps, is not one of {', '.join(known)}")
+        for key, radii in (("choose_eps", config.choose_eps), ("curve", config.curve)):
+            for eps in radii:
+                build_threat({**config.threat, "eps": eps}, where=key)  # at once, not after the training
         self.config = config
         self.out = out
         begun = json.dumps(plain(config), indent=1).encode()

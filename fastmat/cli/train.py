@@ -1,7 +1,7 @@
 """Harden a model by a defence, or fine-tune it without one. Resumable, bit for bit on a CPU.
 
-fastmat train clip-vit-b16-flickr30k-train --out runs/mat
-accelerate launch $(which fastmat) train clip-vit-b16-flickr30k-train --out runs/mat
+fastmat train --config clip-vit-b16-flickr30k-train --out runs/mat
+accelerate launch $(which fastmat) train --config clip-vit-b16-flickr30k-train --out runs/mat
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from fastmat.build import build_data, build_defence, build_mlm, build_model, build_threat, construct
-from fastmat.cli.common import Interrupted, add_config_arguments, check_out, split_settings
+from fastmat.cli.common import Interrupted, add_config_arguments, check_out
 from fastmat.cli.config import TrainConfig
 from fastmat.cli.keys import describe
 from fastmat.cli.load import load_config, plain
@@ -30,8 +30,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    source, overrides = split_settings(arguments)
-    config = load_config(TrainConfig, source, overrides)
+    config = load_config(TrainConfig, arguments.config, arguments.settings)
     report = train_model(config, arguments.out, resume=arguments.resume)
     print(f"{report.steps} steps of {config.defence.name}, {report.pairs_per_s:.1f} pairs/s: {report.weights}")
 
@@ -40,7 +39,7 @@ def train_model(config: TrainConfig, out: Path, *, resume: bool = False) -> Trai
     """Train as `config` says; `out/model.safetensors` are the weights."""
     threat = build_threat(config.threat)
     settings = construct(TrainSettings, config.train, where="train", given={"seed": lambda: config.seed})
-    check_out(out, resume=resume)
+    check_out(out, resume=resume, sign="checkpoints")
     accelerator = Accelerator(mixed_precision="no")
     dataset = build_data(config.data, limit=config.limit)
     model = build_model(config.model)

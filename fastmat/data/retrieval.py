@@ -140,6 +140,8 @@ def _read_list(path: Path) -> list[Any]:
         raise UserError(f"{path}: byte {error.start} (line {line}) is not UTF-8; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON at line {error.lineno}, column {error.colno} ({error.msg})") from None
+    except ValueError:  # the only other one json raises
+        raise UserError(f"{path}: a number in it has too many digits") from None
     except RecursionError:
         raise UserError(f"{path}: nested too deeply; expected a list of objects") from None
     if not isinstance(rows, list):
@@ -165,14 +167,20 @@ def _string(row: Any, key: str, where: str) -> str:
     value = _value(row, key, where)
     if not isinstance(value, str) or not value:
         raise UserError(f"{where}: '{key}' must be a string that is not empty, got {value!r}")
-    return value
+    return _encodable(value, key, where)
+
+
+def _encodable(text: str, key: str, where: str) -> str:
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UserError(f"{where}: '{key}' {text!r} holds half a surrogate pair, which no text can; correct it")
+    return text
 
 
 def _label(row: dict[str, Any], key: str, where: str) -> str | None:
     value = row.get(key)
     if value is not None and (isinstance(value, bool) or not isinstance(value, str | int)):
         raise UserError(f"{where}: '{key}' must be a string or a whole number, got {value!r}")
-    return None if value is None else str(value)
+    return None if value is None else _encodable(str(value), key, where)
 
 
 def _captions(row: dict[str, Any], rule: CaptionRule, where: str) -> list[str]:
@@ -188,9 +196,7 @@ def _captions(row: dict[str, Any], rule: CaptionRule, where: str) -> list[str]:
             raise UserError(f"{where}: every caption must be a string, got {text!r}")
         if not text.strip():
             raise UserError(f"{where}: empty caption; write one or remove it")
-        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise UserError(f"{where}: caption {text!r} holds half a surrogate pair, which no text can")
-        done.append(preprocess(text, rule))
+        done.append(preprocess(_encodable(text, "caption", where), rule))
         if not done[-1]:
             raise UserError(f"{where}: nothing of caption {text!r} is left by pre-processing '{rule}'")
     return done

@@ -165,7 +165,7 @@ def test_construct_says_what_is_wrong(arguments: dict[str, object], sentence: st
     assert str(raised.value).startswith(sentence)
 
 
-@pytest.mark.parametrize("name", ["cuda:99", "gpu", "cpu:x"])
+@pytest.mark.parametrize("name", ["cuda:99", "gpu", "cpu:x", "meta", "mps"])
 def test_devices_that_are_not_there(name: str) -> None:
     with pytest.raises(UserError, match=f"device: '{name}'"):
         build.resolve_device(name)

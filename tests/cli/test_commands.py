@@ -67,7 +67,7 @@ def test_attack_writes_a_set_and_never_over_one(fastmat: Fastmat, settings: list
 
 def test_overrides_may_stand_on_both_sides_of_options(fastmat: Fastmat, settings: list[str], tmp_path: Path) -> None:
     words = [*settings, "--out", tmp_path / "set", *ATTACK, "limit=2", "--resume"]
-    assert "holds nothing to go on with" in fastmat("attack", *words)[2]
+    assert "has no manifest.json to go on with" in fastmat("attack", *words)[2]
     assert fastmat("attack", *words[:-1])[0] == 0
     assert len(images_of(tmp_path / "set")) == 2
 
@@ -88,7 +88,7 @@ def test_interrupted_attack_goes_on_to_the_same_set(
 
     code, _, error = fastmat("attack", *settings, *ATTACK, "seed=1", "--out", tmp_path / "none", "--resume")
     assert code == 2
-    assert "holds nothing to go on with" in error
+    assert "has no manifest.json to go on with" in error
 
 
 def test_text_attack_through_the_command(fastmat: Fastmat, settings: list[str], tmp_path: Path) -> None:
@@ -111,6 +111,9 @@ def test_text_attack_through_the_command(fastmat: Fastmat, settings: list[str], 
         (["model={name: tiny, weights: nowhere.safetensors}"], "nowhere.safetensors does not exist"),
         (["model={name: open_clip, architecture: ViT-B16}"], "did you mean 'ViT-B-16'?"),
         (["data.annotations=nowhere.json"], "nowhere.json"),
+        (["limit=7"], "limit: six/test has 6 images, cannot take 7"),
+        (["seed=-1"], "seed: input should be greater than or equal to 0, got -1"),
+        (["batch_size=0"], "batch_size: input should be greater than 0, got 0"),
     ],
 )
 def test_what_cannot_run_leaves_nothing(

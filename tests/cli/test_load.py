@@ -70,9 +70,14 @@ def test_resolved_config_is_plain_and_can_be_read_back(base: str) -> None:
         (["model=ViT-B-16"], "{file}: model: unknown name 'ViT-B-16'; known: hf_clip, open_clip, small, tiny"),
         (["data=[1]"], "{file}: data: expected a name or {{name: ..., argument: ...}}, got [1]"),
         (["limit=0"], "{file}: limit: input should be greater than 0, got 0"),
-        (["steps"], "override 'steps' must read key=value, such as attack.steps=20"),
+        (["steps"], "'steps' must read key=value, such as attack.steps=20; a config is named by --config"),
         (["batch_size.x=1", "batch_size.x.y=1"], "override 'batch_size.x.y': 'x' is a value, not a section"),
-        (["limit=[1"], "override 'limit=[1': the value is not YAML"),
+        (["limit=[1"], "override 'limit=[1': the value is not YAML at line 1, column 3: expected ',' or ']'"),
+        (
+            ["model={seed: 1, seed: 2}"],
+            "override 'model={{seed: 1, seed: 2}}': the value is not YAML at line 1, column 1: key",
+        ),
+        (["data={name: json, annotations: null}"], "{file}: data: annotations: input should be a path, got None"),
     ],
 )
 def test_mistakes(base: str, overrides: list[str], sentence: str) -> None:
@@ -84,10 +89,16 @@ def test_mistakes(base: str, overrides: list[str], sentence: str) -> None:
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"a: [", "is not YAML"),
-        (b"- 1\n- 2\n", "must hold keys and values, not list"),
+        (b"", "is empty; expected keys and values"),
+        (b"a: [", "is not YAML at line 1, column 5"),
+        (b"a: \x07", "is not YAML: unacceptable character"),
+        (b"a: 2001-99-99", "is not YAML: month must be in"),
+        (b"a: !!python/object/apply:os.system [id]", "could not determine a constructor"),
+        (b"[" * 3000, "is nested too deeply"),
+        (b"model: tiny\nseed: 1\nseed: 2\n", "key 'seed' stands twice"),
+        (b"- 1\n- 2\n", "holds a list; expected keys and values"),
         (b"model: \xff\xfe", "is not UTF-8 text"),
-        (b"attack: pgd\ndata: {name: digits, split: test}\n", "model: field required"),
+        (b"attack: pgd\ndata: {name: digits, split: test}\n", "model: this key is required; set it"),
     ],
 )
 def test_broken_files(tmp_path: Path, content: bytes, sentence: str) -> None:
@@ -103,6 +114,14 @@ def test_unknown_config_names_the_nearest() -> None:
         load_config(QuickstartConfig, "quikstart")
 
 
+def test_labels_are_words() -> None:
+    overrides = ["victims.a.model=tiny", "data={name: digits, split: test}", "attacks={a b: pgd}"]
+    with pytest.raises(
+        UserError, match=r"attacks\.a b: a label may hold letters, digits and \. \+ - _ only, got 'a b'"
+    ):
+        load_config(EvalConfig, None, overrides)
+
+
 def schema_of(name: str) -> type[Section]:
     kinds = {"attack": AttackConfig, "train": TrainConfig, "eval": EvalConfig, "quickstart": QuickstartConfig}
     return kinds[name.rsplit("-", 1)[-1]]
@@ -113,7 +132,7 @@ def test_shipped_configs_are_valid_and_open_with_their_command(name: str) -> Non
     load_config(schema_of(name), name)
     first = (Path(__file__).parents[2] / "configs" / f"{name}.yaml").read_text().splitlines()[0]
     command = name.rsplit("-", 1)[-1]
-    assert first.startswith(f"# fastmat {command} " + ("" if name == "quickstart" else name))
+    assert first.startswith(f"# fastmat {command} " + ("" if name == "quickstart" else f"--config {name} "))
 
 
 def test_shipped_configs_cover_what_the_readme_promises() -> None:

@@ -37,6 +37,19 @@ def test_every_command_has_help_with_its_keys(fastmat: Fastmat) -> None:
         assert f"fastmat {command}" in out
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_100_columns_and_explains_quirks_and_budgets(
+    fastmat: Fastmat, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    _, out, _ = fastmat(command, "--help")
+    assert [line for line in out.splitlines() if len(line) > 100] == []
+    if command in ("attack", "train", "eval", "quickstart"):
+        assert "how many source words of a caption may be substituted" in out
+        assert "published: 0: a word gets its left neighbour's candidates" in " ".join(out.split())
+        assert "seed: int = the run's seed" in out
+
+
 def test_attack_help_explains_each_attack(fastmat: Fastmat) -> None:
     _, out, _ = fastmat("attack", "--help")
     for name in (*build.ATTACKS, *build.MODELS, *build.DATASETS, *build.OBJECTIVES, *build.TEXT_SEARCHES):
@@ -57,14 +70,17 @@ def test_bare_command_lists_the_commands(fastmat: Fastmat) -> None:
     [
         (["atack"], "fastmat: argument COMMAND: invalid choice: 'atack'"),
         (["attack", "--ot", "x"], "fastmat: the following arguments are required: --out; see fastmat attack --help"),
-        (["attack", "a", "b", "--out", "x"], "fastmat: one config, please; got a, b"),
+        (["attack", "a", "--out", "x"], "fastmat: 'a' must read key=value, such as attack.steps=20; a config is named"),
+        (["attack", "--config", ".", "--out", "x"], "fastmat: config '.' is neither a file nor a shipped config"),
         (
-            ["attack", "clip-vit-b16-flickr30k-atack", "--out", "x"],
+            ["attack", "--config", "clip-vit-b16-flickr30k-atack", "--out", "x"],
             "fastmat: config 'clip-vit-b16-flickr30k-atack' is neither",
         ),
-        (["train", "model=tiny", "--out", "x"], "fastmat: command line: data: field required"),
+        (["train", "model=tiny", "--out", "x"], "fastmat: command line: data: this key is required; set it"),
         (["report", "nowhere"], "fastmat: nowhere is no folder"),
         (["quickstart", "choose_by=sgaa", "--out", "x"], "fastmat: 'sgaa', which chooses eps, is not one of pgd"),
+        (["quickstart", "curve=[2]", "--out", "x"], "fastmat: curve: eps=2 looks like 8-bit pixel units"),
+        (["quickstart", "--resume", "--out", "x"], "fastmat: --resume: x has no config.json to go on with"),
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_2(

@@ -14,19 +14,23 @@ from fastmat.types import ImageTransform
 
 
 class ConvTower(nn.Module):
-    """Four 3x3 convolutions, each halving the resolution but the first; the last grid is flattened, so that where
-    things stand is kept. tokens are the cells of that grid."""
+    """Convolutions that each halve the resolution, the first 5x5, the others 3x3; the last grid is flattened, so that
+    where things stand is kept. tokens are the cells of that grid."""
 
     def __init__(self, *, image_size: int, widths: Sequence[int]) -> None:
         super().__init__()
         blocks: list[nn.Module] = []
         previous = 3
         for i, width in enumerate(widths):
-            stride = 1 if i == 0 else 2
-            blocks += [nn.Conv2d(previous, width, 3, stride, 1, bias=False), nn.GroupNorm(4, width), nn.ReLU()]
+            kernel = 5 if i == 0 else 3
+            blocks += [
+                nn.Conv2d(previous, width, kernel, 2, kernel // 2, bias=False),
+                nn.GroupNorm(4, width),
+                nn.ReLU(),
+            ]
             previous = width
         self.blocks = nn.Sequential(*blocks)
-        self.width = previous * (image_size // 2 ** (len(widths) - 1)) ** 2
+        self.width = previous * math.ceil(image_size / 2 ** len(widths)) ** 2
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         grid = self.blocks(images)
@@ -58,8 +62,8 @@ def small_clip(
     *,
     vocabulary: Sequence[str] | None,
     image_size: int = 32,
-    widths: Sequence[int] = (32, 64, 96, 128),
-    text_width: int = 128,
+    widths: Sequence[int] = (32, 64, 128),
+    text_width: int = 96,
     layers: int = 2,
     heads: int = 4,
     embed_dim: int = 128,

@@ -28,18 +28,18 @@ def scale_views(
     views = []
     for scale, draw in zip(scales, noise, strict=True):
         small = (int(height * scale), int(width * scale))
-        down_h = resize_matrix(height, small[0], antialias).to(x)
-        down_w = resize_matrix(width, small[1], antialias).to(x)
-        up_h = resize_matrix(small[0], height, antialias).to(x)
-        up_w = resize_matrix(small[1], width, antialias).to(x)
+        down_h = resize_matrix(height, small[0], antialias, x.dtype, x.device)
+        down_w = resize_matrix(width, small[1], antialias, x.dtype, x.device)
+        up_h = resize_matrix(small[0], height, antialias, x.dtype, x.device)
+        up_w = resize_matrix(small[1], width, antialias, x.dtype, x.device)
         view = (down_h @ (x + draw) @ down_w.T).clamp(*bounds)
         views.append(up_h @ view @ up_w.T)
     return torch.stack(views)
 
 
 @lru_cache(maxsize=64)
-def resize_matrix(source: int, target: int, antialias: bool) -> Tensor:
-    """[target, source] fp32: the linear map of a one-dimensional bicubic resize."""
+def resize_matrix(source: int, target: int, antialias: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[target, source]: the linear map of a one-dimensional bicubic resize, kept where it is used."""
     identity = torch.eye(source).view(1, 1, source, source)
     resized = F.interpolate(identity, size=(target, source), mode="bicubic", align_corners=False, antialias=antialias)
-    return resized[0, 0].contiguous()
+    return resized[0, 0].contiguous().to(device, dtype)

@@ -102,7 +102,18 @@ def test_the_rule_itself_refuses(part: str, module: str) -> None:
 
 
 def test_ops_need_torch_alone() -> None:
-    heavy = ["transformers", "open_clip", "timm", "PIL", "torchvision", "sklearn", "matplotlib", "accelerate", "yaml"]
+    heavy = [
+        "transformers",
+        "open_clip",
+        "timm",
+        "PIL",
+        "torchvision",
+        "sklearn",
+        "matplotlib",
+        "accelerate",
+        "yaml",
+        "pydantic",
+    ]
     code = f"import sys, fastmat.ops; print([name for name in {heavy} if name in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"

@@ -25,7 +25,7 @@ from fastmat.training.checkpoint import latest_checkpoint, load_checkpoint, read
 from fastmat.training.forward import encode_views
 from fastmat.training.interrupt import Interrupted, interruptible
 from fastmat.training.log import StepLog
-from fastmat.training.parameters import clamp_temperature, decay_groups, trained_parameters, training_mode
+from fastmat.training.parameters import clamp_logit_scale, decay_groups, trained_parameters, training_mode
 from fastmat.training.schedule import cosine_with_warmup
 from fastmat.training.settings import TrainSettings
 from fastmat.types import Batch
@@ -126,7 +126,7 @@ def train(
             finite = math.isfinite(norm) and all(map(math.isfinite, values))
             if finite:
                 prepared.step()
-                clamp_temperature(model)
+                clamp_logit_scale(model)
             prepared.zero_grad()
             skipped += not finite
             bad_in_a_row = 0 if finite else bad_in_a_row + 1

@@ -18,7 +18,7 @@ TOWERS = ("image", "text")
 
 
 def trained_parameters(model: VisionLanguageModel, trains: tuple[str, ...]) -> list[nn.Parameter]:
-    """The parameters that the embeddings of the towers in `trains` depend on; the temperature when both train.
+    """The parameters that the embeddings of the towers in `trains` depend on; the logit scale when both train.
 
     Found by asking autograd, so it holds for any model, and what no output depends on never trains (a wrapper that
     waits for its gradient would hang). A parameter frozen beforehand stays frozen.
@@ -56,7 +56,7 @@ def _outputs(model: VisionLanguageModel, trains: tuple[str, ...]) -> Tensor:
 
 
 def decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, object]]:
-    """AdamW's parameter groups: matrices decay; biases, norms and the temperature do not."""
+    """AdamW's parameter groups: matrices decay; biases, norms and the logit scale do not."""
     return [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
@@ -82,7 +82,7 @@ def training_mode(
 
 
 @torch.no_grad()
-def clamp_temperature(model: nn.Module) -> None:
+def clamp_logit_scale(model: nn.Module) -> None:
     """Keep the logit scale at 100 or below, as CLIP does."""
     log_scale = getattr(model, "log_logit_scale", None)
     if log_scale is not None and log_scale.requires_grad:

@@ -161,7 +161,7 @@ def test_one_step_is_adamw_on_the_clipped_gradient(tmp_path):
         torch.testing.assert_close(a[clear], b[clear], rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_temperature_stays_at_one_hundred_or_below(tmp_path):
+def test_logit_scale_stays_at_one_hundred_or_below(tmp_path):
     model = tiny_clip()
     with torch.no_grad():
         model.log_logit_scale.fill_(6.0)
@@ -178,7 +178,7 @@ def test_a_second_ctrl_c_interrupts_at_once():
 
 
 @pytest.mark.parametrize("name", ["fare", "vision_only"])
-def test_untrained_tower_and_temperature_do_not_move(tmp_path, name):
+def test_untrained_tower_and_logit_scale_do_not_move(tmp_path, name):
     model = model_with_state()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     defence = (

@@ -14,7 +14,7 @@ from training.synthetic import model_with_state
 from fastmat.errors import UserError
 from fastmat.models.tiny import tiny_clip
 from fastmat.training import checkpoint
-from fastmat.training.parameters import clamp_temperature, decay_groups, trained_parameters, training_mode
+from fastmat.training.parameters import clamp_logit_scale, decay_groups, trained_parameters, training_mode
 from fastmat.training.schedule import cosine_with_warmup
 from fastmat.training.settings import TrainSettings
 
@@ -105,11 +105,11 @@ def test_untrained_batch_norm_keeps_its_statistics():
         assert not model.image_projection[1].training
 
 
-def test_temperature_is_clamped_to_one_hundred():
+def test_logit_scale_is_clamped_to_one_hundred():
     model = tiny_clip()
     with torch.no_grad():
         model.log_logit_scale.fill_(6.0)
-    clamp_temperature(model)
+    clamp_logit_scale(model)
     assert model.logit_scale.item() == pytest.approx(100, rel=1e-6)
 
 

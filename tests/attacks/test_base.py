@@ -178,6 +178,22 @@ def test_steps_that_make_no_sense_are_refused(make) -> None:
     make(threat=ThreatModel(eps=0.0), steps=1, step_size=0.0)
 
 
+def test_default_constants() -> None:
+    pgd = [PGD(threat=threat) for threat in (ThreatModel(eps=0.1), ThreatModel(eps=1.0, norm="l2"))]
+    assert [(attack.steps, attack.step_size, attack.random_start) for attack in pgd] == [
+        (10, 0.1 / 4, True),
+        (10, 0.2, True),
+    ]
+    sga = SGA(threat=ThreatModel(), mlm=tiny_mlm())  # SGA, ICCV 2023, released code
+    assert (sga.steps, sga.step_size, sga.noise_std) == (10, pytest.approx(0.5 / 255), 0.05)
+    assert sga.scales == (0.5, 0.75, 1.25, 1.5)
+    sep = SepAttack(threat=ThreatModel(), mlm=tiny_mlm())  # Co-Attack, ACM MM 2022, released code
+    assert (sep.image.steps, sep.image.step_size) == (10, pytest.approx(0.25 / 255))
+    for words, representation in ((sga.words, "features"), (sep.words, "embeds")):
+        assert (words.top_k, words.threshold, words.max_words) == (10, 0.3, 1)
+        assert words.importance == words.judged == representation
+
+
 def test_an_attack_finds_its_gradients_inside_no_grad() -> None:
     model, batch = tiny_clip(), random_batch()
     attack = PGD(threat=ThreatModel(eps=8 / 255))

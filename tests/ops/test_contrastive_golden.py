@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from golden import golden
 
-from fastmat.ops import contrastive_loss
+from fastmat.ops import contrastive_loss, contrastive_rows
 
 TAGS = [f"N{n}_D{d}" for n in (7, 33, 64) for d in (32, 64)]
 
@@ -45,6 +45,43 @@ def test_loss_and_gradients(tag, loss, precision):
     for gradient, wanted in zip(gradients, ("grad_image", "grad_text", name), strict=True):
         if f"{key}.{wanted}" in t:
             close(gradient, t[f"{key}.{wanted}"], 10 * rtol)
+
+
+@pytest.mark.parametrize("precision", ["f32", "f64"])
+@pytest.mark.parametrize("loss", ["infonce_multi", "itc_hard"])
+@pytest.mark.parametrize("tag", TAGS)
+def test_against_constant_keys_with_and_without_a_queue(tag, loss, precision):
+    """ALBEF's contrastive loss without soft targets: every positive counts, keys and queue carry no gradient."""
+    meta, t = golden("losses")
+    dtype = torch.float32 if precision == "f32" else torch.float64
+    rtol = 1e-5 if precision == "f32" else 3e-7
+    image = t[f"{tag}.image"].to(dtype).requires_grad_(True)
+    text = t[f"{tag}.text"].to(dtype).requires_grad_(True)
+    temp = torch.tensor(meta["config"]["temp"], dtype=dtype, requires_grad=True)
+    group = column_group = t[f"{tag}.idx"]
+    if loss == "infonce_multi":
+        keys = [F.normalize(side.detach(), dim=-1) for side in (image, text)]
+    else:
+        momentum = [F.normalize(t[f"{tag}.{side}_m"].to(dtype), dim=-1) for side in ("image", "text")]
+        queues = [t[f"{tag}.{side}_queue"].to(dtype).T for side in ("image", "text")]
+        keys = [torch.cat(pair) for pair in zip(momentum, queues, strict=True)]
+        column_group = torch.cat([group, t[f"{tag}.idx_queue"][0]])
+    value = (
+        sum(
+            contrastive_rows(
+                F.normalize(query, dim=-1), key, 1 / temp, row_group=group, column_group=column_group
+            ).mean()
+            for query, key in zip((image, text), reversed(keys), strict=True)
+        )
+        / 2
+    )
+    key = f"{tag}.{loss}.{precision}"
+    close(value, t[f"{key}.loss"], rtol)
+    for gradient, wanted in zip(
+        torch.autograd.grad(value, (image, text, temp)), ("image", "text", "temp"), strict=True
+    ):
+        if f"{key}.grad_{wanted}" in t:
+            close(gradient, t[f"{key}.grad_{wanted}"], 10 * rtol)
 
 
 def test_logits_stay_fp32_inside_autocast():

@@ -148,7 +148,7 @@ class AttackResult:
 
     images: [B, 3, H, W] fp32; texts: T captions.
     distance: [B] fp32, distance to the clean image in the threat model's norm, measured on `images`.
-    words_changed: [T] int64, substituted source words.
+    words_changed: [T] int64 on the CPU, substituted source words.
     """
 
     images: Tensor

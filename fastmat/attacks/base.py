@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import final
 
@@ -16,7 +16,7 @@ from fastmat.models.protocol import VisionLanguageModel
 from fastmat.ops import project
 from fastmat.types import AttackContext, AttackResult, Batch, ThreatModel
 
-BUDGET_SLACK = 1e-6
+BUDGET_SLACK = 1e-6  # rounding of fp32 sums near 1
 
 
 class Attack(abc.ABC):
@@ -29,7 +29,7 @@ class Attack(abc.ABC):
         self.threat = threat
         self.seed = seed
 
-    def fit(self, model: VisionLanguageModel, batches: Iterator[Batch]) -> None:  # noqa: B027
+    def fit(self, model: VisionLanguageModel, batches: Iterable[Batch]) -> None:  # noqa: B027
         """Learn what does not depend on the sample. Nothing, by default."""
 
     @abc.abstractmethod

@@ -5,6 +5,7 @@ They depend on caption and language model only, never on the victim or the image
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import islice, product
 
@@ -15,7 +16,7 @@ from fastmat.text.words import Words, is_stop_word
 ROWS_PER_WORD = 12
 IDS_PER_ROW = 4
 COMBINATIONS = 24
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+SPECIAL = re.compile(r"\[(PAD|UNK|CLS|SEP|MASK|unused\d+)\]")  # no words, though in BERT's vocabulary
 
 Rows = list[list[int]]
 
@@ -95,5 +96,5 @@ def allowed(word: str, candidate: str, quirks: Quirks) -> bool:
     """
     exact = quirks.case_sensitive_filters
     same = candidate == word if exact else candidate.lower() == word.lower()
-    no_word = not quirks.blanks_in_candidates and (" " in candidate or candidate in SPECIAL)
+    no_word = not quirks.blanks_in_candidates and (" " in candidate or SPECIAL.fullmatch(candidate))
     return not (same or no_word or "##" in candidate or is_stop_word(candidate, case_sensitive=exact))

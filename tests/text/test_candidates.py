@@ -54,6 +54,8 @@ def test_rows_of_a_word() -> None:
         ("dog", "cat##s", False, False),
         ("dogs", "big cat", False, True),
         ("dog", "[UNK]", False, True),
+        ("dog", "[unused17]", False, True),
+        ("dog", "[mask", True, True),
     ],
 )
 def test_allowed(word: str, candidate: str, correct: bool, published: bool) -> None:

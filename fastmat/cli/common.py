@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fastmat.build import Component
+from fastmat.cli.processes import is_first_process
 from fastmat.errors import UserError
 from fastmat.evaluation.evaluate import Attacked
 from fastmat.evaluation.manifest import model_fingerprint
@@ -36,7 +37,7 @@ def check_out(out: Path, *, resume: bool, sign: str) -> None:
 
     sign: a file or folder that a run of the command leaves in `out`.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_process():
         return  # the first process of a distributed run decides, and may have made the folder by now
     if out.is_file():
         raise UserError(f"--out {out} is a file; name a new folder")
@@ -68,8 +69,12 @@ def progress(total: int, what: str) -> tqdm[NoReturn]:
     return tqdm(total=total, desc=what, unit="pair", disable=None, dynamic_ncols=True)
 
 
-def counted(attacked: Iterable[Attacked], bar: tqdm[NoReturn]) -> Iterator[Attacked]:
-    """The same, moving the bar by the captions of each batch."""
+def counted(
+    attacked: Iterable[Attacked], bar: tqdm[NoReturn], *, stop_asked: Callable[[], bool] = lambda: False
+) -> Iterator[Attacked]:
+    """The same, moving the bar by the captions of each batch; interrupts after the batch in which it was asked to."""
     for part in attacked:
         bar.update(len(part.sources))
+        if stop_asked():
+            raise KeyboardInterrupt
         yield part

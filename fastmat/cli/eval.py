@@ -10,7 +10,7 @@ Writes results.json, examples.json and report.html. A victim is attacked through
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -57,9 +57,10 @@ from fastmat.evaluation.evaluate import (
     run_attack,
 )
 from fastmat.evaluation.metrics import Ranks
-from fastmat.evaluation.results import Results, Setting, Threat, environment
+from fastmat.evaluation.results import Results, Row, Setting, Threat, environment
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.report.html import write_report
+from fastmat.training.interrupt import interruptible
 from fastmat.types import Batch
 
 SPEED_KEYS = ("batch_size", "workers")
@@ -104,21 +105,32 @@ def evaluate_models(config: EvalConfig, out: Path, *, resume: bool = False) -> R
     showcase = Showcase(
         out, attack=shown[-1] if shown else None, count=config.examples, seed=config.seed, ids=dataset.ids
     )
-    bench = Bench(
-        config=config, dataset=dataset, device=device, attacks=attacks, sets=sets, rows=rows, showcase=showcase
-    )
-    if config.surrogate is not None:
-        bench.judge(label_of(config.surrogate), config.surrogate, config.victims)
-    else:
-        for label, victim in config.victims.items():
-            bench.judge(label, victim.model, {label: victim})
+    with interruptible() as stop_asked:
+        bench = Bench(
+            config=config,
+            dataset=dataset,
+            device=device,
+            attacks=attacks,
+            sets=sets,
+            rows=rows,
+            showcase=showcase,
+            stop_asked=stop_asked,
+        )
+        if config.surrogate is not None:
+            bench.judge(label_of(config.surrogate), config.surrogate, config.victims)
+        else:
+            for label, victim in config.victims.items():
+                bench.judge(label, victim.model, {label: victim})
     write_report(out)
     return rows.results
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """What all rows of a run share. attacks: label to the same attack at every radius, the main one first."""
+    """What all rows of a run share. attacks: label to the same attack at every radius, the main one first.
+
+    stop_asked: whether Ctrl-C came; the batch or row at hand is finished, then KeyboardInterrupt is raised.
+    """
 
     config: EvalConfig
     dataset: RetrievalSet
@@ -127,6 +139,7 @@ class Bench:
     sets: Sequence[AdversarialSet]
     rows: Rows
     showcase: Showcase
+    stop_asked: Callable[[], bool]
 
     def judge(self, name: str, surrogate: Component, victims: Mapping[str, Victim]) -> None:
         """Rows of `victims`: clean, attacked through `surrogate` (called `name` in the table), and on stored sets."""
@@ -148,7 +161,7 @@ class Bench:
         ranks = clean_ranks(model, self.batches(model))
         setting = self.setting(label, victim=label, seed=self.config.seed)
         if self.rows.find(setting) is None:
-            self.rows.add(clean_row(ranks, setting=setting, resamples=self.config.resamples))
+            self.save(clean_row(ranks, setting=setting, resamples=self.config.resamples))
         return ranks
 
     def judge_attack(
@@ -160,19 +173,26 @@ class Bench:
         models: Mapping[str, VisionLanguageModel],
         clean: Mapping[str, Ranks],
     ) -> None:
-        """One attack at every radius; an attack that leaves images alone at the first needs no others."""
+        """One attack at every radius, white box for the victim that is the surrogate.
+
+        An attack that leaves images alone at the first radius needs no others.
+        """
         batches = self.batches(surrogate)
         context = gallery_context(encode_gallery(surrogate, batches))
         for attack in attacks:
             budget = Threat(eps=attack.threat.eps, norm=attack.threat.norm, max_words=attack.threat.max_words)
             settings = {
-                victim: self.setting(name, victim=victim, attack=label, threat=budget, seed=attack.seed)
-                for victim in models
+                victim: self.setting(
+                    victim if model is surrogate else name, victim=victim, attack=label, threat=budget, seed=attack.seed
+                )
+                for victim, model in models.items()
             }
             if any(self.rows.find(setting) is None for setting in settings.values()):
                 shown = attack is attacks[0] and self.showcase.wants(label)
                 with progress(self.dataset.n_captions, f"{label} on {name}, eps {budget.eps:.4g}") as bar:
-                    attacked: Iterable[Attacked] = counted(run_attack(surrogate, attack, batches, context), bar)
+                    attacked: Iterable[Attacked] = counted(
+                        run_attack(surrogate, attack, batches, context), bar, stop_asked=self.stop_asked
+                    )
                     if shown or len(models) > 1:
                         attacked = list(attacked)
                     for victim, setting in settings.items():
@@ -207,7 +227,12 @@ class Bench:
         row = evaluate(model, attacked, clean=clean, setting=setting, resamples=self.config.resamples)
         if show is not None:
             self.showcase.add(model, show, attacked, clean, setting)
+        self.save(row)
+
+    def save(self, row: Row) -> None:
         self.rows.add(row)
+        if self.stop_asked():
+            raise KeyboardInterrupt
 
     def batches(self, model: VisionLanguageModel, *, size: int | None = None) -> EvaluationBatches:
         """The data as `model` wants it, or at another resolution."""

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from fastmat.cli.parser import Parser
+from fastmat.cli.processes import is_first_process
 from fastmat.errors import UserError
 
 COMMANDS = {
@@ -35,12 +36,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return run(words)
         except (UserError, OSError) as error:
-            if os.environ.get("RANK", "0") == "0":  # one process of a distributed run speaks for all
-                print(f"fastmat: {error}", file=sys.stderr)
+            say(str(error))
             return 2
         except KeyboardInterrupt as error:
-            print(f"fastmat: interrupted; {error or 'nothing more was written'}", file=sys.stderr)
+            say(f"interrupted; {error or 'nothing more was written'}")
             return 130
+
+
+def say(sentence: str) -> None:
+    """On standard error, once."""
+    if is_first_process():
+        print(f"fastmat: {sentence}", file=sys.stderr)
 
 
 def run(words: Sequence[str]) -> int:

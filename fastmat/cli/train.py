@@ -10,6 +10,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 
 from fastmat.build import build_data, build_defence, build_mlm, build_model, build_threat, construct
@@ -18,6 +19,7 @@ from fastmat.cli.config import TrainConfig
 from fastmat.cli.keys import describe
 from fastmat.cli.load import load_config, plain
 from fastmat.cli.parser import Parser
+from fastmat.cli.processes import is_first_process
 from fastmat.data.loader import TrainingBatches
 from fastmat.training import interrupt
 from fastmat.training.loop import TrainReport, train
@@ -32,7 +34,8 @@ def add_arguments(parser: Parser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     config = load_config(TrainConfig, arguments.config, arguments.settings)
     report = train_model(config, arguments.out, resume=arguments.resume)
-    print(f"{report.steps} steps of {config.defence.name}, {report.pairs_per_s:.1f} pairs/s: {report.weights}")
+    if is_first_process():
+        print(f"{report.steps} steps of {config.defence.name}, {report.pairs_per_s:.1f} pairs/s: {report.weights}")
 
 
 def train_model(config: TrainConfig, out: Path, *, resume: bool = False) -> TrainReport:
@@ -40,6 +43,7 @@ def train_model(config: TrainConfig, out: Path, *, resume: bool = False) -> Trai
     threat = build_threat(config.threat)
     settings = construct(TrainSettings, config.train, where="train", given={"seed": lambda: config.seed})
     check_out(out, resume=resume, sign="checkpoints")
+    joined = torch.distributed.is_initialized()
     accelerator = Accelerator(mixed_precision="no")
     dataset = build_data(config.data, limit=config.limit)
     model = build_model(config.model)
@@ -61,8 +65,17 @@ def train_model(config: TrainConfig, out: Path, *, resume: bool = False) -> Trai
     told = {key: value for key, value in plain(config).items() if key not in ("train", "workers")}
     told["data_fingerprint"] = dataset.fingerprint()
     try:
-        return train(
+        report = train(
             model, defence, batches, settings=settings, out=out, resume=resume, config=told, accelerator=accelerator
         )
     except interrupt.Interrupted as stopped:
+        leave(joined)
         raise Interrupted(f"saved in {stopped.checkpoint}; the same command with --resume goes on") from stopped
+    leave(joined)
+    return report
+
+
+def leave(joined: bool) -> None:
+    """End the process group unless it was there before; never on an error, which the others may not have met."""
+    if torch.distributed.is_initialized() and not joined:
+        torch.distributed.destroy_process_group()

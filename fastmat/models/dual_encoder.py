@@ -76,9 +76,8 @@ class DualEncoder(nn.Module):
         full = (
             self.context_length if self.tokenizer.pad_to_context else limit if pad else max(map(len, rows), default=0)
         )
-        ids = torch.full((len(rows), full), self.tokenizer.pad_id, dtype=torch.int64)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+        padded = [[*row, *[self.tokenizer.pad_id] * (full - len(row))] for row in rows]
+        ids = torch.tensor(padded, dtype=torch.int64).view(len(rows), full)
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
         return TextTokens(ids, torch.arange(full) < lengths[:, None])
 

@@ -43,7 +43,7 @@ from fastmat.cli.load import load_config, plain
 from fastmat.cli.parser import Parser
 from fastmat.cli.rows import Rows
 from fastmat.cli.showcase import Showcase
-from fastmat.cli.table import table
+from fastmat.cli.table import radius, table
 from fastmat.data.loader import EvaluationBatches, evaluation_batches
 from fastmat.data.retrieval import RetrievalSet
 from fastmat.evaluation.adversarial_set import AdversarialSet
@@ -189,7 +189,7 @@ class Bench:
             }
             if any(self.rows.find(setting) is None for setting in settings.values()):
                 shown = attack is attacks[0] and self.showcase.wants(label)
-                with progress(self.dataset.n_captions, f"{label} on {name}, eps {budget.eps:.4g}") as bar:
+                with progress(self.dataset.n_captions, f"{label} on {name}, {radius(budget)}") as bar:
                     attacked: Iterable[Attacked] = counted(
                         run_attack(surrogate, attack, batches, context), bar, stop_asked=self.stop_asked
                     )

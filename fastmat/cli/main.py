@@ -35,8 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             quiet()
         try:
             return run(words)
-        except (UserError, OSError) as error:
+        except UserError as error:
             say(str(error))
+            return 2
+        except OSError as error:
+            said = f"{error.filename}: {error.strerror}; check the path and its permissions"
+            say(said if error.filename and error.strerror else str(error))
             return 2
         except KeyboardInterrupt as error:
             say(f"interrupted; {error or 'nothing more was written'}")

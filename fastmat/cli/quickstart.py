@@ -31,6 +31,7 @@ from fastmat.cli.train import train_model
 from fastmat.errors import UserError
 from fastmat.evaluation.results import Results, TrainingPoint, write_atomic, write_results
 from fastmat.report.html import write_report
+from fastmat.training.checkpoint import checkpoints
 from fastmat.training.mlm import train_mlm
 
 CONFIG = "quickstart"
@@ -133,7 +134,7 @@ class Quickstart:
         folder = self.out / label
         if (folder / "model.safetensors").exists():
             return
-        resume = (folder / "checkpoints").is_dir()
+        resume = bool(checkpoints(folder / "checkpoints"))
         if not resume:
             shutil.rmtree(folder, ignore_errors=True)
         values = {

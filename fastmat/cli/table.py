@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastmat.evaluation.results import Row
+from fastmat.evaluation.results import Row, Threat
 
 HEADER = ("victim", "defence", "attack", "eps", "words", "TR@1", "IR@1", "ASR TR@1", "ASR IR@1")
 
@@ -19,16 +19,19 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def cells(row: Row) -> tuple[str, ...]:
-    eps = f"{row.threat.eps * 255:g}/255" if row.threat.norm == "linf" else f"{row.threat.eps:g} (l2)"
     return (
         row.victim if row.victim == row.surrogate else f"{row.victim} (from {row.surrogate})",
         row.defence,
         row.attack,
-        eps if row.max_distance else "-",
+        radius(row.threat) if row.max_distance else "-",
         str(row.threat.max_words) if row.max_words_changed else "-",
         *(with_interval(row, metric) for metric in ("tr@1", "ir@1")),
         *(percent(row.value(metric)) for metric in ("asr_tr@1", "asr_ir@1")),
     )
+
+
+def radius(threat: Threat) -> str:
+    return f"{threat.eps * 255:g}/255" if threat.norm == "linf" else f"{threat.eps:g} (l2)"
 
 
 def with_interval(row: Row, metric: str) -> str:

@@ -121,3 +121,11 @@ def test_listing_commands_does_not_wait_for_torch() -> None:
     code = "import sys, fastmat.cli.main as m; m.main([]); print('torch' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.splitlines()[-1] == "False"
+
+
+def test_an_error_of_the_system_names_its_file(fastmat: Fastmat, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(arguments: object) -> None:
+        raise PermissionError(13, "Permission denied", "secret.yaml")
+
+    monkeypatch.setattr(env, "run", run)
+    assert fastmat("env") == (2, "", "fastmat: secret.yaml: Permission denied; check the path and its permissions\n")

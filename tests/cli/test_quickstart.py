@@ -58,7 +58,9 @@ def test_every_stage_and_going_on(fastmat: Fastmat, tmp_path: Path) -> None:
 def test_eps_is_the_first_that_breaks_on_validation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tr_at_1: tuple[float, ...], expected: int
 ) -> None:
-    config = load_config(QuickstartConfig, "quickstart", ["choose_eps=[1/255, 2/255, 4/255]", "broken_below=10"])
+    config = load_config(
+        QuickstartConfig, "quickstart", ["choose_eps=[1/255, 2/255, 4/255]", "broken_below=10", "choose_by=sga"]
+    )
     asked: list[EvalConfig] = []
 
     def evaluated(wanted: EvalConfig, out: Path, *, resume: bool) -> Results:

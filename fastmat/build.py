@@ -149,6 +149,9 @@ def construct(
         return factory(**values)
     except UserError as error:
         raise at(where, error) from error
+    except (ValueError, AssertionError, RuntimeError) as error:  # a library's, on values that it alone can judge
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise at(where, f"{factory.__name__} refuses these arguments ({reason})") from error
 
 
 def convert(
@@ -282,9 +285,11 @@ def build_attack(
 
     mlm: loads the masked language model, called only by an attack on words.
     """
-    arguments, quirks = split_quirks(component.arguments, where=where)
+    factory = locate(ATTACKS[component.name])
+    official = typing.cast("type[Attack]", factory).official
+    arguments, quirks = split_quirks(component.arguments, where=where, official=official)
     given = given_of(threat=threat, mlm=mlm, quirks=quirks, seed=seed)
-    return typing.cast("Attack", construct(locate(ATTACKS[component.name]), arguments, where=where, given=given))
+    return typing.cast("Attack", construct(factory, arguments, where=where, given=given))
 
 
 def build_defence(
@@ -316,15 +321,20 @@ def given_of(*, threat: ThreatModel, mlm: Callable[[], object], quirks: Quirks, 
     return given
 
 
-def split_quirks(arguments: Mapping[str, Any], *, where: str) -> tuple[dict[str, Any], Quirks]:
-    """The arguments of an attack without `parity` and `quirks`, and the quirks that these two describe."""
+def split_quirks(
+    arguments: Mapping[str, Any], *, where: str, official: Quirks | None = None
+) -> tuple[dict[str, Any], Quirks]:
+    """The arguments of an attack without `parity` and `quirks`, and the quirks that these two describe.
+
+    official: what `parity: official` means; default: `Quirks.official()`.
+    """
     rest = dict(arguments)
     parity, changes = rest.pop("parity", "correct"), rest.pop("quirks", {})
     if parity not in ("correct", "official"):
         raise at(where, f"parity must be 'correct' or 'official', got {parity!r}")
     if not isinstance(changes, Mapping):
         raise at(where, f"quirks must be {{name: value}}, got {changes!r}")
-    preset = Quirks.official() if parity == "official" else Quirks()
+    preset = (official or Quirks.official()) if parity == "official" else Quirks()
     return rest, preset.but(**convert(Quirks, changes, where=f"{where}.quirks".lstrip("."), given={}))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from fastmat.attacks.draws import Draws, SeededDraws
 from fastmat.errors import UserError
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.ops import project
+from fastmat.quirks import Quirks
 from fastmat.types import AttackContext, AttackResult, Batch, ThreatModel
 
 BUDGET_SLACK = 1e-6  # rounding of fp32 sums near 1
@@ -22,8 +23,10 @@ BUDGET_SLACK = 1e-6  # rounding of fp32 sums near 1
 class Attack(abc.ABC):
     """`attack(model, batch, context=None) -> AttackResult`. A subclass writes `run` and keeps its own settings.
 
-    An attack that must be fitted to a model or corpus overrides `fit`.
+    An attack that must be fitted to a model or corpus overrides `fit`. `official` is its published behaviour.
     """
+
+    official: ClassVar[Quirks] = Quirks.official()
 
     def __init__(self, *, threat: ThreatModel, seed: int = 0) -> None:
         self.threat = threat

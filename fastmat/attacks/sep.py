@@ -26,6 +26,8 @@ class SepAttack(Attack):
     Raises UserError without a step or with a negative step size.
     """
 
+    official = Quirks.official(text_max_length=30)
+
     def __init__(
         self,
         *,

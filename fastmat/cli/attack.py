@@ -10,9 +10,10 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from fastmat.build import build_attack, build_data, build_mlm, build_model, build_threat, resolve_device
+from fastmat.build import build_attack, build_data, build_model, build_threat, resolve_device
 from fastmat.cli.common import (
     Interrupted,
+    MlmLoader,
     add_config_arguments,
     check_out,
     counted,
@@ -50,13 +51,13 @@ def write_attacked(config: AttackConfig, out: Path, *, resume: bool = False) -> 
     threat = build_threat(config.threat)
     device = resolve_device(config.device)
     check_out(out, resume=resume, sign=MANIFEST)
-    attack = build_attack(
-        config.attack, threat=threat, mlm=lambda: build_mlm(config.mlm, device=device), seed=config.seed
-    )
+    mlm = MlmLoader(config.mlm, device)
+    attack = build_attack(config.attack, threat=threat, mlm=mlm, seed=config.seed)
     dataset = build_data(config.data, limit=config.limit)
     model = build_model(config.model, device=device)
     batches = evaluation_batches(dataset, model.image_transform, batch_size=config.batch_size, workers=config.workers)
     resolved = {key: value for key, value in plain(config).items() if key not in SPEED_KEYS}
+    resolved["mlm_sha256"] = mlm.sha256
     plan = Manifest(
         model=fingerprint(model),
         data=dataset.fingerprint(),

@@ -6,17 +6,21 @@ import argparse
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
-from fastmat.build import Component
+from fastmat.build import Component, build_mlm
 from fastmat.cli.processes import is_first_process
 from fastmat.errors import UserError
 from fastmat.evaluation.evaluate import Attacked
-from fastmat.evaluation.manifest import model_fingerprint
 from fastmat.models.protocol import VisionLanguageModel
+from fastmat.models.weights import weights_hash
+
+if TYPE_CHECKING:
+    from fastmat.text.mlm import MaskedLanguageModel
 
 
 class Interrupted(KeyboardInterrupt):
@@ -61,7 +65,26 @@ def label_of(model: Component) -> str:
 def fingerprint(model: VisionLanguageModel) -> str:
     """sha256 of a model's weights."""
     assert isinstance(model, nn.Module)
-    return model_fingerprint(model)
+    return weights_hash(model)
+
+
+class MlmLoader:
+    """The masked language model of a run, loaded when an attack first asks for it."""
+
+    def __init__(self, folder: str | None, device: torch.device) -> None:
+        self.folder = folder
+        self.device = device
+        self.loaded: MaskedLanguageModel | None = None
+
+    def __call__(self) -> MaskedLanguageModel:
+        if self.loaded is None:
+            self.loaded = build_mlm(self.folder, device=self.device)
+        return self.loaded
+
+    @property
+    def sha256(self) -> str | None:
+        """Of its vocabulary and weights; None when nothing asked for it."""
+        return None if self.loaded is None else self.loaded.fingerprint
 
 
 def progress(total: int, what: str) -> tqdm[NoReturn]:

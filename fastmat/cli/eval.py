@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +22,6 @@ from fastmat.build import (
     Component,
     build_attack,
     build_data,
-    build_mlm,
     build_model,
     build_threat,
     check_weights,
@@ -30,6 +29,7 @@ from fastmat.build import (
 )
 from fastmat.cli.common import (
     Interrupted,
+    MlmLoader,
     add_config_arguments,
     check_out,
     counted,
@@ -90,7 +90,7 @@ def evaluate_models(config: EvalConfig, out: Path, *, resume: bool = False) -> R
     device = resolve_device(config.device)
     for label, victim in config.victims.items():
         check_weights(victim.model, where=f"victims.{label}.model")
-    mlm = cache(lambda: build_mlm(config.mlm, device=device))
+    mlm = MlmLoader(config.mlm, device)
     more = [build_threat({**config.threat, "eps": eps}, where="eps") for eps in config.eps]
     radii = [threat, *(other for other in more if other != threat)]
     attacks = {
@@ -100,6 +100,7 @@ def evaluate_models(config: EvalConfig, out: Path, *, resume: bool = False) -> R
     dataset = build_data(config.data, limit=config.limit)
     sets = [AdversarialSet(folder, data=dataset.fingerprint()) for folder in config.sets]
     resolved = {key: value for key, value in plain(config).items() if key not in SPEED_KEYS}
+    resolved["mlm_sha256"] = mlm.sha256
     rows = Rows(out, config=resolved, environment=environment(device), resume=resume)
     shown = [*attacks, *(stored.manifest.attack for stored in sets)]
     showcase = Showcase(

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from fastmat.build import build_data, build_defence, build_mlm, build_model, build_threat, construct
-from fastmat.cli.common import Interrupted, add_config_arguments, check_out
+from fastmat.build import build_data, build_defence, build_model, build_threat, construct
+from fastmat.cli.common import Interrupted, MlmLoader, add_config_arguments, check_out
 from fastmat.cli.config import TrainConfig
 from fastmat.cli.keys import describe
 from fastmat.cli.load import load_config, plain
@@ -47,13 +47,8 @@ def train_model(config: TrainConfig, out: Path, *, resume: bool = False) -> Trai
     accelerator = Accelerator(mixed_precision="no")
     dataset = build_data(config.data, limit=config.limit)
     model = build_model(config.model)
-    defence = build_defence(
-        config.defence,
-        teacher=model,
-        threat=threat,
-        mlm=lambda: build_mlm(config.mlm, device=accelerator.device),
-        seed=config.seed,
-    )
+    mlm = MlmLoader(config.mlm, accelerator.device)
+    defence = build_defence(config.defence, teacher=model, threat=threat, mlm=mlm, seed=config.seed)
     batches = TrainingBatches(
         dataset,
         model.image_transform,
@@ -63,7 +58,7 @@ def train_model(config: TrainConfig, out: Path, *, resume: bool = False) -> Trai
         workers=config.workers,
     )
     told = {key: value for key, value in plain(config).items() if key not in ("train", "workers")}
-    told["data_fingerprint"] = dataset.fingerprint()
+    told |= {"data_fingerprint": dataset.fingerprint(), "mlm_sha256": mlm.sha256}
     try:
         report = train(
             model, defence, batches, settings=settings, out=out, resume=resume, config=told, accelerator=accelerator

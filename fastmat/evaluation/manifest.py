@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from fastmat.evaluation.results import STRICT, Threat
-from fastmat.models.weights import weights_hash as model_fingerprint  # noqa: F401
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 

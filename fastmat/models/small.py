@@ -70,9 +70,11 @@ def small_clip(
     context_length: int = 24,
     seed: int = 0,
 ) -> DualEncoder:
-    """A randomly initialised small model; without a vocabulary, words are hashed.
+    """A randomly initialised small model, seeded without touching the global random state.
 
-    Seeded without touching the global random state.
+    vocabulary: words with an id of their own, others are unknown; None: all words are hashed into 64 ids.
+    image_size: pixels a side. widths: channels of each convolution. text_width, layers, heads: the word transformer.
+    embed_dim: of image and text embeddings. context_length: words per caption, with start and end.
     """
     tokenizer = HashTokenizer(64) if vocabulary is None else WordTokenizer(vocabulary)
     with torch.random.fork_rng(devices=[]):

@@ -84,6 +84,8 @@ def test_parity_is_the_preset_and_single_quirks_stand_on_top() -> None:
     assert attack_of({"name": "pgd", "parity": "official"}).quirks == Quirks.official()  # type: ignore[attr-defined]
     mixed = attack_of({"name": "pgd", "parity": "official", "quirks": {"antialias": True, "text_max_length": 30}})
     assert mixed.quirks == Quirks.official().but(antialias=True, text_max_length=30)  # type: ignore[attr-defined]
+    sep = attack_of({"name": "sep", "parity": "official"})
+    assert sep.words.quirks == Quirks.official(text_max_length=30)  # type: ignore[attr-defined]
     assert attack_of({"name": "sga", "quirks": {"append_sep": False}}).quirks.append_sep is False  # type: ignore[attr-defined]
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_mlm import tiny_parts
 from torch import Tensor
 
-from fastmat.attacks import pgd
+from fastmat.attacks import bert_attack, pgd
 from fastmat.evaluation.results import read_examples, read_results
 from fastmat.training import loop
 
@@ -89,6 +90,21 @@ def test_interrupted_attack_goes_on_to_the_same_set(
     code, _, error = fastmat("attack", *settings, *ATTACK, "seed=1", "--out", tmp_path / "none", "--resume")
     assert code == 2
     assert "has no manifest.json to go on with" in error
+
+
+def test_a_set_is_not_continued_with_another_language_model(
+    fastmat: Fastmat, settings: list[str], mlm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*settings, *ATTACK, "attack=bert_attack", f"mlm={tmp_path / 'mlm'}", "--out", tmp_path / "set"]
+    shutil.copytree(mlm_folder, tmp_path / "mlm")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, bert_attack.BertAttack, "run", 2)
+        assert fastmat("attack", *words)[0] == 130
+    model, _ = tiny_parts(seed=1)
+    model.save_pretrained(tmp_path / "mlm")
+    code, _, error = fastmat("attack", *words, "--resume")
+    assert code == 2
+    assert "another" in error
 
 
 def test_text_attack_through_the_command(fastmat: Fastmat, settings: list[str], tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
-from fastmat.cli.memory import keep_freed_memory
 from fastmat.cli.parser import Parser
 from fastmat.cli.processes import is_first_process
 from fastmat.errors import UserError
@@ -34,7 +33,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         if not sys.warnoptions:
             quiet()
-        keep_freed_memory()
         try:
             return run(words)
         except UserError as error:

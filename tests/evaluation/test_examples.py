@@ -1,5 +1,4 @@
 import base64
-import doctest
 import io
 from collections.abc import Callable
 
@@ -23,11 +22,6 @@ IDS = tuple(f"photo {i}" for i in range(11))
 def pixels(encoded: str) -> torch.Tensor:
     image = Image.open(io.BytesIO(base64.b64decode(encoded)))
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
-
-
-def test_docstring_example() -> None:
-    result = doctest.testmod(module)
-    assert result.attempted and not result.failed
 
 
 def test_examples_against_the_gallery(

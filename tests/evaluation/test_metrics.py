@@ -1,6 +1,5 @@
 """Recall, ASR and intervals against loops over single queries, and against the recorded published evaluation."""
 
-import doctest
 import math
 
 import pytest
@@ -21,11 +20,6 @@ def random_ranks(seed: int, *, captions: tuple[int, ...], top: int = 15) -> Rank
         ir=torch.randint(top, (len(txt2img),), generator=generator),
         txt2img=txt2img,
     )
-
-
-def test_docstring_examples() -> None:
-    result = doctest.testmod(metrics)
-    assert result.attempted >= 4 and result.failed == 0
 
 
 @pytest.mark.parametrize("captions", [(5, 5, 5, 5), (1, 7, 3, 2, 5, 5, 6), (1,)])

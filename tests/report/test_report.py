@@ -1,4 +1,3 @@
-import doctest
 import json
 import re
 import shutil
@@ -11,7 +10,7 @@ from report.samples import NASTY, made_example, made_examples, made_results, mad
 
 from fastmat.errors import UserError
 from fastmat.evaluation.results import Examples, Results, Threat, write_examples, write_results
-from fastmat.report import labels, tables
+from fastmat.report import tables
 from fastmat.report.html import render, write_report
 from fastmat.report.plots import attacks_plot, eps_plot, training_plot
 
@@ -55,12 +54,6 @@ class Page(HTMLParser):
 
 def one(rows: list) -> Results:
     return Results(rows=rows, config={}, environment={})
-
-
-def test_docstring_examples() -> None:
-    for module in (labels, tables):
-        result = doctest.testmod(module)
-        assert result.attempted and not result.failed
 
 
 def test_page_holds_every_row_and_needs_nothing_else() -> None:

@@ -76,12 +76,12 @@ class SGA(Attack):
     def attack_images(self, model: VisionLanguageModel, batch: Batch, draws: Draws) -> Tensor:
         """Step 2, against the captions of `batch` as they stand."""
         own = self.words.features(model, batch.texts, max_length=self.quirks.mid_max_length)
-        size = len(batch)
 
         def over_views(x: Tensor, step: int) -> Tensor:
-            views = torch.cat([x, *self.scaled(x, batch.index, step, draws)])
-            features = model.encode_image(views).features.unflatten(0, (-1, size))
-            return -cosine_to_set(features.sum(0), own, batch.txt2img)  # linear: the views' cosines add up
+            # One view at a time: a fifth of the memory at once, and faster on a CPU than one batch of all.
+            views = [x, *self.scaled(x, batch.index, step, draws)]
+            cosines = [cosine_to_set(model.encode_image(view).features, own, batch.txt2img) for view in views]
+            return -torch.stack(cosines).sum(0)
 
         start = random_start(batch, self.threat, draws)
         return ascend(over_views, batch.images, start, threat=self.threat, steps=self.steps, step_size=self.step_size)

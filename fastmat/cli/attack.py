@@ -64,6 +64,7 @@ def write_attacked(config: AttackConfig, out: Path, *, resume: bool = False) -> 
         config_sha256=config_fingerprint(resolved),
         config=resolved,
         surrogate=label_of(config.model),
+        image_transform=model.image_transform,
         attack=config.attack.name,
         threat=Threat(eps=threat.eps, norm=threat.norm, max_words=threat.max_words),
         dataset=dataset.name,

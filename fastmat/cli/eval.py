@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -61,7 +61,7 @@ from fastmat.evaluation.results import Results, Row, Setting, Threat, environmen
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.report.html import write_report
 from fastmat.training.interrupt import interruptible
-from fastmat.types import Batch
+from fastmat.types import Batch, ImageTransform
 
 SPEED_KEYS = ("batch_size", "workers")
 
@@ -159,7 +159,7 @@ class Bench:
 
     def clean(self, label: str, model: VisionLanguageModel) -> Ranks:
         """A victim's clean ranks, and their row."""
-        ranks = clean_ranks(model, self.batches(model))
+        ranks = clean_ranks(model, self.batches(model.image_transform))
         setting = self.setting(label, victim=label, seed=self.config.seed)
         if self.rows.find(setting) is None:
             self.save(clean_row(ranks, setting=setting, resamples=self.config.resamples))
@@ -178,7 +178,7 @@ class Bench:
 
         An attack that leaves images alone at the first radius needs no others.
         """
-        batches = self.batches(surrogate)
+        batches = self.batches(surrogate.image_transform)
         context = gallery_context(encode_gallery(surrogate, batches))
         for attack in attacks:
             budget = Threat(eps=attack.threat.eps, norm=attack.threat.norm, max_words=attack.threat.max_words)
@@ -205,14 +205,18 @@ class Bench:
     def judge_set(
         self, stored: AdversarialSet, models: Mapping[str, VisionLanguageModel], clean: Mapping[str, Ranks]
     ) -> None:
-        """A stored set; it is white box for the victim whose weights made it."""
+        """A stored set, measured against the clean images; it is white box for the victim whose weights made it."""
         made = stored.manifest
+        batches = self.batches(made.image_transform)
+        measured = False
         for label, model in models.items():
             surrogate = label if fingerprint(model) == made.model else made.surrogate
             setting = self.setting(surrogate, victim=label, attack=made.attack, threat=made.threat, seed=made.seed)
             if self.rows.find(setting) is None:
-                size = next(iter(stored)).pairs.images.shape[-1]
-                show = self.batches(model, size=size) if self.showcase.wants(made.attack) else None
+                if not measured:
+                    stored.check_budget(batches)
+                    measured = True
+                show = batches if self.showcase.wants(made.attack) else None
                 self.add(model, stored, clean[label], setting, show=show)
 
     def add(
@@ -235,10 +239,9 @@ class Bench:
         if self.stop_asked():
             raise KeyboardInterrupt
 
-    def batches(self, model: VisionLanguageModel, *, size: int | None = None) -> EvaluationBatches:
-        """The data as `model` wants it, or at another resolution."""
+    def batches(self, transform: ImageTransform) -> EvaluationBatches:
+        """The data as a model wants it."""
         config = self.config
-        transform = replace(model.image_transform, size=size or model.image_transform.size)
         return evaluation_batches(self.dataset, transform, batch_size=config.batch_size, workers=config.workers)
 
     def setting(

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field
 
 from fastmat.evaluation.results import STRICT, Threat
+from fastmat.types import ImageTransform
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
@@ -27,7 +28,7 @@ class Shard(BaseModel):
 
 class Manifest(BaseModel):
     """model, data: fingerprints of the surrogate and of the clean set; config: the resolved configuration, whose hash
-    is config_sha256. n_images: size of the finished set."""
+    is config_sha256. image_transform: how the surrogate wanted pictures. n_images: size of the finished set."""
 
     model_config = STRICT
     format: Literal["fastmat adversarial set 1"] = "fastmat adversarial set 1"
@@ -36,6 +37,7 @@ class Manifest(BaseModel):
     config_sha256: Sha256
     config: dict[str, Any]
     surrogate: str
+    image_transform: ImageTransform
     attack: str
     threat: Threat
     dataset: str

@@ -1,5 +1,6 @@
 """Surrogate and victims apart: models of several resolutions, attacked directly and through a stored set."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,3 +35,16 @@ def test_a_stored_set_and_the_attack_itself_give_the_same_rows(
     assert list(rows[direct]) == ["same", "larger", "smaller"]
     assert rows[direct] == rows[reused]
     assert rows[direct]["larger"]["max_words_changed"] == 1
+
+
+def test_a_stored_set_beyond_its_own_budget_is_refused(fastmat: Fastmat, settings: list[str], tmp_path: Path) -> None:
+    """The manifest may claim less than the images do: they are measured against the clean ones."""
+    stored = tmp_path / "set"
+    words = [*settings, "model=tiny", "attack={name: pgd, steps: 2}", "threat.eps=8/255", "--out", stored]
+    assert fastmat("attack", *words)[0] == 0
+    manifest = json.loads((stored / "manifest.json").read_text())
+    manifest["threat"]["eps"] = 4 / 255
+    (stored / "manifest.json").write_text(json.dumps(manifest))
+    code, _, error = fastmat("eval", *settings, *VICTIMS, f"sets=[{stored}]", "--out", tmp_path / "eval")
+    assert code == 2
+    assert "the budget is 0.015686" in error

@@ -30,6 +30,7 @@ CONFIG = {"steps": 3, "nested": {"a": [1, 2]}}
 @pytest.fixture
 def plan(model: DualEncoder) -> Manifest:
     return Manifest(
+        image_transform=model.image_transform,
         model=weights_hash(model),
         data=sha256(b"data"),
         config_sha256=config_fingerprint(CONFIG),

@@ -10,6 +10,7 @@ from fastmat.attacks.base import Attack, context_of, within_budget, words_change
 from fastmat.attacks.draws import SeededDraws
 from fastmat.attacks.objectives import Contrastive, CosineToOwn, KLFromClean, SquaredL2FromClean
 from fastmat.attacks.pgd import PGD
+from fastmat.attacks.search import random_start
 from fastmat.attacks.sep import SepAttack
 from fastmat.attacks.sga import SGA
 from fastmat.attacks.word_substitution import WordSubstitution
@@ -213,3 +214,18 @@ def test_threat_models_that_make_no_sense_are_refused() -> None:
     ]:
         with pytest.raises(UserError, match=reason):
             ThreatModel(**settings)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_random_starts_fill_the_ball_and_no_more(norm) -> None:
+    batch = random_batch((1,) * 40, size=8)
+    batch = batch.replace(images=torch.full_like(batch.images, 0.5))
+    threat = ThreatModel(eps=0.25, norm=norm)
+    delta = (random_start(batch, threat, SeededDraws(0)) - 0.5).flatten(1)
+    if norm == "linf":
+        assert -0.25 <= delta.min() < -0.24 and 0.24 < delta.max() <= 0.25
+    else:
+        radius = delta.norm(dim=1)
+        assert radius.max() <= 0.25 + 1e-6 and radius.max() > 0.2 and radius.min() < 0.05
+    one_sided = random_start(batch, ThreatModel(eps=0.25), SeededDraws(0), one_sided=True) - 0.5
+    assert one_sided.min() >= 0 and one_sided.max() > 0.24

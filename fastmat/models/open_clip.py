@@ -45,7 +45,10 @@ class TimmTower(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         grid = self.visual.trunk.forward_features(images)
         pooled = self.visual.head(self.visual.trunk.forward_head(grid))
-        return pooled, grid.flatten(2).transpose(1, 2) if grid.dim() == 4 else grid
+        if grid.dim() == 3:
+            return pooled, grid
+        channels_last = getattr(self.visual.trunk, "output_fmt", "NCHW") == "NHWC"  # Swin and its kin
+        return pooled, grid.flatten(1, 2) if channels_last else grid.flatten(2).transpose(1, 2)
 
 
 class WholeImageTower(nn.Module):

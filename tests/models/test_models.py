@@ -10,7 +10,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 
 from fastmat.errors import UserError
 from fastmat.models.hf_clip import load_hf_clip
-from fastmat.models.open_clip import load_open_clip
+from fastmat.models.open_clip import TimmTower, load_open_clip
 from fastmat.models.protocol import FusionModel, VisionLanguageModel
 from fastmat.models.tiny import tiny_clip
 from fastmat.models.weights import load_weights, read_state, save_weights, weights_hash
@@ -98,6 +98,30 @@ def test_transformers_folder_gives_the_library_s_embeddings(tmp_path) -> None:
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match="no CLIP model could be loaded"):
         load_hf_clip(str(tmp_path))
+
+
+class FakeTrunk(torch.nn.Module):
+    """A 2 x 3 map of 4 channels whose values tell where they stand, laid out as timm's `output_fmt` says."""
+
+    def __init__(self, output_fmt: str) -> None:
+        super().__init__()
+        self.output_fmt = output_fmt
+
+    def forward_features(self, images):
+        cells = torch.arange(24.0).view(1, 2, 3, 4)
+        return cells if self.output_fmt == "NHWC" else cells.permute(0, 3, 1, 2)
+
+    def forward_head(self, grid):
+        return grid.flatten(1)[:, :4]
+
+
+@pytest.mark.parametrize("output_fmt", ["NCHW", "NHWC"])
+def test_timm_tokens_are_the_cells_of_the_map(output_fmt: str) -> None:
+    visual = torch.nn.Module()
+    visual.trunk, visual.head = FakeTrunk(output_fmt), torch.nn.Sequential()
+    visual.head.proj = torch.nn.Linear(4, 2)
+    _, tokens = TimmTower(visual)(torch.zeros(1, 3, 8, 8))
+    assert torch.equal(tokens, torch.arange(24.0).view(1, 6, 4))
 
 
 def test_padding_changes_nothing() -> None:

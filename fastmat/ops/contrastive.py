@@ -17,16 +17,28 @@ def scaled_logits(rows: Tensor, columns: Tensor, logit_scale: Tensor | float) ->
 
 
 def contrastive_rows(
-    rows: Tensor, columns: Tensor, logit_scale: Tensor | float, *, row_group: Tensor, column_group: Tensor
+    rows: Tensor,
+    columns: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    row_group: Tensor,
+    column_group: Tensor,
+    soft_rows: Tensor | None = None,
+    alpha: float = 0.0,
 ) -> Tensor:
     """[N] cross-entropies of each row over all columns; the target is uniform over the columns of the row's group.
 
     rows [N, E], columns [M, E] unit features; row_group [N], column_group [M] int64. A row without positives gets 0.
+    soft_rows: [N, E] unit features of the same rows from a momentum model; their softmax over the columns, without a
+        gradient, is mixed into the target with weight `alpha` (ALBEF, NeurIPS 2021, section 3.3; BLIP).
     """
     logits = scaled_logits(rows, columns, logit_scale)
     positive = row_group[:, None] == column_group[None, :]
     count = positive.sum(1)
     matched = torch.where(positive, logits, 0.0).sum(1) / count.clamp_min(1)
+    if soft_rows is not None:
+        soft = scaled_logits(soft_rows.detach(), columns.detach(), torch.as_tensor(logit_scale).detach()).softmax(1)
+        matched = alpha * (soft * logits).sum(1) + (1 - alpha) * matched
     return torch.where(count > 0, logits.logsumexp(1) - matched, 0.0)
 
 

@@ -49,3 +49,17 @@ def test_gradients() -> None:
         return contrastive_loss(a, b, s, image_group=image_group, text_group=text_group)
 
     assert torch.autograd.gradcheck(loss, (images, texts, scale))
+
+
+def test_soft_targets_against_the_written_out_mixture() -> None:
+    rows, columns, soft_rows = unit(3, 6), unit(5, 7), unit(3, 8)
+    row_group, column_group = torch.arange(3), torch.tensor([0, 1, 1, 2, 9])
+    got = contrastive_rows(
+        rows, columns, 4.0, row_group=row_group, column_group=column_group, soft_rows=soft_rows, alpha=0.3
+    )
+    logits, soft = 4 * rows @ columns.T, (4 * soft_rows @ columns.T).exp()
+    for i in range(3):
+        hard = (column_group == i).double()
+        target = 0.3 * soft[i] / soft[i].sum() + 0.7 * hard / hard.sum()
+        want = -(target * (logits[i] - logits[i].exp().sum().log())).sum()
+        assert float(got[i]) == pytest.approx(float(want), rel=1e-9)

@@ -48,10 +48,10 @@ def test_loss_and_gradients(tag, loss, precision):
 
 
 @pytest.mark.parametrize("precision", ["f32", "f64"])
-@pytest.mark.parametrize("loss", ["infonce_multi", "itc_hard"])
+@pytest.mark.parametrize("loss", ["infonce_multi", "itc_hard", "itc_soft"])
 @pytest.mark.parametrize("tag", TAGS)
 def test_against_constant_keys_with_and_without_a_queue(tag, loss, precision):
-    """ALBEF's contrastive loss without soft targets: every positive counts, keys and queue carry no gradient."""
+    """ALBEF's contrastive loss, also with soft targets: every positive counts, keys and queue carry no gradient."""
     meta, t = golden("losses")
     dtype = torch.float32 if precision == "f32" else torch.float64
     rtol = 1e-5 if precision == "f32" else 3e-7
@@ -59,19 +59,25 @@ def test_against_constant_keys_with_and_without_a_queue(tag, loss, precision):
     text = t[f"{tag}.text"].to(dtype).requires_grad_(True)
     temp = torch.tensor(meta["config"]["temp"], dtype=dtype, requires_grad=True)
     group = column_group = t[f"{tag}.idx"]
+    momentum = [F.normalize(t[f"{tag}.{side}_m"].to(dtype), dim=-1) for side in ("image", "text")]
     if loss == "infonce_multi":
         keys = [F.normalize(side.detach(), dim=-1) for side in (image, text)]
     else:
-        momentum = [F.normalize(t[f"{tag}.{side}_m"].to(dtype), dim=-1) for side in ("image", "text")]
         queues = [t[f"{tag}.{side}_queue"].to(dtype).T for side in ("image", "text")]
         keys = [torch.cat(pair) for pair in zip(momentum, queues, strict=True)]
         column_group = torch.cat([group, t[f"{tag}.idx_queue"][0]])
     value = (
         sum(
             contrastive_rows(
-                F.normalize(query, dim=-1), key, 1 / temp, row_group=group, column_group=column_group
+                F.normalize(query, dim=-1),
+                key,
+                1 / temp,
+                row_group=group,
+                column_group=column_group,
+                soft_rows=soft if loss == "itc_soft" else None,
+                alpha=meta["config"]["itc_soft_alpha"],
             ).mean()
-            for query, key in zip((image, text), reversed(keys), strict=True)
+            for query, key, soft in zip((image, text), reversed(keys), momentum, strict=True)
         )
         / 2
     )

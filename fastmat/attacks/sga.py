@@ -78,7 +78,7 @@ class SGA(Attack):
         own = self.words.features(model, batch.texts, max_length=self.quirks.mid_max_length)
 
         def over_views(x: Tensor, step: int) -> Tensor:
-            # One view at a time: a fifth of the memory at once, and faster on a CPU than one batch of all.
+            # One view at a time, so that no single tensor holds the activations of all of them.
             views = [x, *self.scaled(x, batch.index, step, draws)]
             cosines = [cosine_to_set(model.encode_image(view).features, own, batch.txt2img) for view in views]
             return -torch.stack(cosines).sum(0)

@@ -61,7 +61,7 @@ from fastmat.evaluation.results import Results, Row, Setting, Threat, environmen
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.report.html import write_report
 from fastmat.training.interrupt import interruptible
-from fastmat.types import Batch, ImageTransform
+from fastmat.types import AttackContext, Batch, ImageTransform
 
 SPEED_KEYS = ("batch_size", "workers")
 
@@ -152,8 +152,11 @@ class Bench:
             for label, victim in victims.items()
         }
         clean = {label: self.clean(label, model) for label, model in models.items()}
-        for label, attacks in self.attacks.items():
-            self.judge_attack(label, attacks, name, attacked_model, models, clean)
+        if self.attacks:
+            batches = self.batches(attacked_model.image_transform)
+            context = gallery_context(encode_gallery(attacked_model, batches))
+            for label, attacks in self.attacks.items():
+                self.judge_attack(label, attacks, name, attacked_model, models, clean, batches, context)
         for stored in self.sets:
             self.judge_set(stored, models, clean)
 
@@ -173,13 +176,13 @@ class Bench:
         surrogate: VisionLanguageModel,
         models: Mapping[str, VisionLanguageModel],
         clean: Mapping[str, Ranks],
+        batches: EvaluationBatches,
+        context: AttackContext,
     ) -> None:
         """One attack at every radius, white box for the victim that is the surrogate.
 
         An attack that leaves images alone at the first radius needs no others.
         """
-        batches = self.batches(surrogate.image_transform)
-        context = gallery_context(encode_gallery(surrogate, batches))
         for attack in attacks:
             budget = Threat(eps=attack.threat.eps, norm=attack.threat.norm, max_words=attack.threat.max_words)
             settings = {

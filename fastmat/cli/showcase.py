@@ -25,8 +25,9 @@ class Showcase:
         self.count = count
         self.seed = seed
         self.ids = ids
-        self.images: list[int] | None = None
         self.examples: list[Example] = read_examples(self.file).examples if self.file.exists() else []
+        # A resumed run shows the images that it began with.
+        self.images = [ids.index(name) for name in dict.fromkeys(example.image for example in self.examples)]
 
     def wants(self, attack: str) -> bool:
         return attack == self.attack
@@ -40,7 +41,7 @@ class Showcase:
         setting: Setting,
     ) -> None:
         """ranks: the victim's own, clean. clean: the data at the resolution that was attacked."""
-        if self.images is None:
+        if not self.images:
             self.images = pick_images(ranks, count=self.count, seed=self.seed)
         others = [example for example in self.examples if example.setting != setting]
         made = make_examples(victim, clean, attacked, images=self.images, ids=self.ids, setting=setting)

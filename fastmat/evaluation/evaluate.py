@@ -11,7 +11,7 @@ captions as they are, and the other way round.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -120,13 +120,8 @@ def run_attack(
     attack: Attack,
     batches: Iterable[Batch],
     context: AttackContext,
-    *,
-    on_batch: Callable[[Attacked], None] | None = None,
 ) -> Iterator[Attacked]:
-    """Attack the data batch by batch against one context, so that the batch size does not matter.
-
-    on_batch: told of every batch when it is done, for a progress bar.
-    """
+    """Attack the data batch by batch against one context, so that the batch size does not matter."""
     device = surrogate.logit_scale.device
     for batch in batches:
         on_device = batch.to(device)
@@ -134,16 +129,13 @@ def run_attack(
         result = attack(surrogate, on_device, context)
         images = result.images.cpu()  # waits for the device, so the clock is honest
         seconds = time.perf_counter() - start
-        attacked = Attacked(
+        yield Attacked(
             pairs=batch.replace(images=images, texts=result.texts).to("cpu"),
             sources=batch.texts,
             distance=result.distance.cpu(),
             words_changed=result.words_changed.cpu(),
             seconds=seconds,
         )
-        if on_batch is not None:
-            on_batch(attacked)
-        yield attacked
 
 
 def evaluate(

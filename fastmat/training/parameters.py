@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -33,10 +33,10 @@ def trained_parameters(model: VisionLanguageModel, trains: tuple[str, ...]) -> l
         for parameter in candidates:
             parameter.requires_grad_(True)
         outputs = _outputs(model, trains)
-        used = (
-            torch.autograd.grad(outputs, candidates, allow_unused=True) if candidates and outputs.requires_grad else ()
-        )
-    trained = [parameter for parameter, gradient in zip(candidates, used, strict=False) if gradient is not None]
+        reached: Sequence[Tensor | None] = [None] * len(candidates)
+        if candidates and outputs.requires_grad:
+            reached = torch.autograd.grad(outputs, candidates, allow_unused=True)
+    trained = [parameter for parameter, gradient in zip(candidates, reached, strict=True) if gradient is not None]
     if not trained:
         raise UserError(f"nothing to train: no trainable parameter reaches {' or '.join(trains) or 'a tower'}")
     return trained

@@ -13,6 +13,7 @@ from tiny_mlm import tiny_parts
 from torch import Tensor
 
 from fastmat.attacks import bert_attack, pgd
+from fastmat.cli.showcase import Showcase
 from fastmat.evaluation.results import read_examples, read_results
 from fastmat.training import loop
 
@@ -254,3 +255,13 @@ def test_interrupted_eval_keeps_its_rows(
     timing = {"seconds", "pairs_per_s"}
     expected, found = ([row.model_dump(exclude=timing) for row in read_results(p).rows] for p in (whole, parts))
     assert expected == found
+
+
+def test_a_resumed_eval_shows_the_images_it_began_with(fastmat: Fastmat, settings: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "eval"
+    words = [*settings, *EVAL, "attacks.pgd={name: pgd, steps: 1}", "threat.eps=8/255", "--out", out]
+    assert fastmat("eval", *words)[0] == 0
+    shown = [example.image for example in read_examples(out / "examples.json").examples]
+    ids = tuple(f"images/{i}.png" for i in range(6))
+    again = Showcase(out, attack="pgd", count=2, seed=99, ids=ids)
+    assert [ids[i] for i in again.images] == shown and len(set(shown)) == 2

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden import golden
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from fastmat.attacks.objectives import squared_l2_from
 from fastmat.defences.base import Features
@@ -75,14 +76,13 @@ def test_tecoa_loss(tag, precision):
 @pytest.mark.parametrize("case", ["rvlm_linf_l2loss", "rvlm_l2_l2loss"])
 def test_fare_inner_loss_drives_the_recorded_iterates(case):
     """From every recorded iterate, our loss's gradient through the published momentum update gives the next one."""
-    transformers = pytest.importorskip("transformers")
     meta, t = golden("fare_pgd")
     recorded, weights = golden("pgd_model")
     attack = meta["attacks"][case]
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
     shape = ("image_size", "patch_size", "projection_dim", "layer_norm_eps")
-    config = transformers.CLIPVisionConfig(**{name: recorded["config"][name] for name in sizes + shape})
-    vision = transformers.CLIPVisionModelWithProjection(config).eval()
+    config = CLIPVisionConfig(**{name: recorded["config"][name] for name in sizes + shape})
+    vision = CLIPVisionModelWithProjection(config).eval()
     prefix = "vision."
     vision.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)

@@ -79,12 +79,10 @@ def test_splitting_the_data_never_changes_an_attack(
     assert torch.equal(torch.cat([part.pairs.index for part in parts]), whole.pairs.index)
 
 
-def test_attack_keeps_clean_pairs_and_tells_of_each_batch(model: DualEncoder, split: Split, pgd: PGD) -> None:
-    batches, told = split(4), []
-    attacked = list(
-        run_attack(model, pgd, batches, gallery_context(encode_gallery(model, batches)), on_batch=told.append)
-    )
-    assert told == attacked and [len(part.pairs) for part in told] == [4, 4, 3]
+def test_attack_keeps_clean_pairs(model: DualEncoder, split: Split, pgd: PGD) -> None:
+    batches = split(4)
+    attacked = list(run_attack(model, pgd, batches, gallery_context(encode_gallery(model, batches))))
+    assert [len(part.pairs) for part in attacked] == [4, 4, 3]
     for part, batch in zip(attacked, batches, strict=True):
         assert part.sources == part.pairs.texts == batch.texts
         distance = (part.pairs.images - batch.images).abs().flatten(1).amax(1)

@@ -1,0 +1,51 @@
+"""Checks of operator arguments: one sentence that names the argument, before anything is computed.
+
+They read shapes, dtypes and devices, and Python numbers; never the values of a tensor, so nothing waits for a GPU and
+nothing breaks a traced graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastmat.errors import UserError
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:
+    if tensor.dtype not in allowed:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise UserError(f"{name} must be {names}, got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def check_shape(name: str, tensor: Tensor, shape: Sequence[int], like: str) -> None:
+    """`like` says in words where `shape` comes from: "of x", "one per image"."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise UserError(f"{name} must have shape {tuple(shape)} ({like}), got {tuple(tensor.shape)}")
+
+
+def check_device(device: torch.device, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise UserError(f"{name} is on {tensor.device}, the other tensors on {device}; move it there")
+
+
+def check_bounds(bounds: tuple[float, float]) -> None:
+    if not bounds[0] < bounds[1]:
+        raise UserError(f"bounds must be (low, high) with low < high, got {tuple(bounds)}")
+
+
+def check_positive(name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise UserError(f"{name} must be positive and finite, got {value}")
+
+
+def check_ids(name: str, ids: Tensor, length: int, like: str) -> None:
+    """[length] int64."""
+    check_dtype(name, ids, (torch.int64,))
+    check_shape(name, ids, (length,), like)

@@ -126,7 +126,7 @@ def test_golden_ranks_without_the_matrix(case: str) -> None:
     recorded, tensors = golden("metrics")
     txt2img = torch.tensor(recorded["cases"][case]["txt2img"])
     images, texts = tensors[f"{case}.image_feats"], tensors[f"{case}.text_feats"]
-    found = retrieval_ranks(texts, images, query_group=txt2img, gallery_group=torch.arange(len(images)), chunk=7)
+    found = retrieval_ranks(texts, images, query_group=txt2img, gallery_group=torch.arange(len(images)))
     order = (texts @ images.T).argsort(dim=1, descending=True)
     assert torch.equal(found, (order == txt2img[:, None]).int().argmax(1))
 

@@ -9,13 +9,14 @@ import hashlib
 from collections.abc import Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
+
+from fastmat.ops import normal_noise, uniform_noise
 
 
 class Draws(Protocol):
     def uniform(self, name: str, index: Tensor, shape: Sequence[int]) -> Tensor:
-        """[len(index), *shape] fp32 on index's device, uniform in [-1, 1); row i depends on `name` and index[i]."""
+        """[len(index), *shape] fp32 on index's device, uniform in (-1, 1); row i depends on `name` and index[i]."""
         ...
 
     def normal(self, name: str, index: Tensor, shape: Sequence[int]) -> Tensor:
@@ -24,21 +25,16 @@ class Draws(Protocol):
 
 
 class SeededDraws:
-    """The default: one generator per (seed, name, sample), on the CPU."""
+    """The default: counter-based noise on the device of `index`, the same on every device."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
     def uniform(self, name: str, index: Tensor, shape: Sequence[int]) -> Tensor:
-        rows = [torch.rand(tuple(shape), generator=g) for g in self._generators(name, index)]
-        return torch.stack(rows).mul_(2).sub_(1).to(index.device)
+        return uniform_noise(self._key(name), index, shape)
 
     def normal(self, name: str, index: Tensor, shape: Sequence[int]) -> Tensor:
-        rows = [torch.randn(tuple(shape), generator=g) for g in self._generators(name, index)]
-        return torch.stack(rows).to(index.device)
+        return normal_noise(self._key(name), index, shape)
 
-    def _generators(self, name: str, index: Tensor) -> list[torch.Generator]:
-        def seed(i: int) -> int:
-            return int.from_bytes(hashlib.blake2b(f"{self.seed}/{name}/{i}".encode(), digest_size=7).digest(), "big")
-
-        return [torch.Generator().manual_seed(seed(i)) for i in index.tolist()]
+    def _key(self, name: str) -> int:
+        return int.from_bytes(hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=8).digest(), "big")

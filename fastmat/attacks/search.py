@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastmat import ops
 from fastmat.attacks.draws import Draws
 from fastmat.errors import UserError
-from fastmat.ops import pgd_step
 from fastmat.types import Batch, ThreatModel
 
 
@@ -29,17 +29,15 @@ def random_start(
 
     one_sided: Co-Attack's start, uniform in [0, eps] (`Quirks.one_sided_start`).
     """
-    x0 = batch.images
-    shape = x0.shape[1:]
+    shape = batch.images.shape[1:]
     if threat.norm == "linf":
-        draw = draws.uniform("start", batch.index, shape)
-        delta = (draw.add(1).div(2) if one_sided else draw) * threat.eps
+        draw, radius = draws.uniform("start", batch.index, shape), None
+        draw = draw.add(1).div(2) if one_sided else draw
     else:
-        direction = draws.normal("start", batch.index, shape)
-        radius = draws.uniform("start_radius", batch.index, ()).add(1).div(2).view(-1, 1, 1, 1)
-        delta = direction * (radius * threat.eps / direction.flatten(1).norm(dim=1).view(-1, 1, 1, 1))
-    start = x0 + delta
-    return start.clamp_(*threat.bounds) if clamp else start
+        draw = draws.normal("start", batch.index, shape)
+        radius = draws.uniform("start_radius", batch.index, ()).add(1).div(2)
+    bounds = threat.bounds if clamp else (-math.inf, math.inf)
+    return ops.random_start(batch.images, eps=threat.eps, norm=threat.norm, bounds=bounds, draw=draw, radius=radius)
 
 
 @torch.enable_grad()
@@ -56,11 +54,13 @@ def ascend(
 
     Gradients with respect to the pixels only; `x` stays fp32 and inside ball and box after every step.
     """
-    x = start
+    if threat.eps == 0:
+        return x0
+    x = start.clone()  # steps are taken in place
     for step in range(steps):
-        x = x.detach().requires_grad_(True)
-        (gradient,) = torch.autograd.grad(value(x, step).sum(), x)
-        x = pgd_step(
-            x.detach(), gradient, x0, eps=threat.eps, step_size=step_size, norm=threat.norm, bounds=threat.bounds
+        live = x.detach().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(value(live, step).sum(), live)
+        ops.pgd_step(
+            x, gradient, x0, eps=threat.eps, step_size=step_size, norm=threat.norm, bounds=threat.bounds, out=x
         )
     return x

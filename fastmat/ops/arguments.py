@@ -49,3 +49,23 @@ def check_ids(name: str, ids: Tensor, length: int, like: str) -> None:
     """[length] int64."""
     check_dtype(name, ids, (torch.int64,))
     check_shape(name, ids, (length,), like)
+
+
+def per_image(name: str, value: float | Tensor, x: Tensor, *, positive: bool) -> tuple[Tensor | None, float]:
+    """A size in pixel units, a number or [B] fp32, split into what operator schemas hold: (tensor or None, number)."""
+    if isinstance(value, Tensor):
+        check_dtype(name, value, (torch.float32,))
+        check_shape(name, value, x.shape[:1], "one per image")
+        check_device(x.device, **{name: value})
+        return value, 0.0
+    if not 0 <= value < math.inf or (positive and value == 0):
+        raise UserError(f"{name} must be {'positive' if positive else 'at least 0'} and finite, got {value}")
+    return None, float(value)
+
+
+def check_values(name: str, values: Tensor | None, *, positive: bool) -> None:
+    """The same for the values of a tensor: only inside an operator, and only on the CPU, where nobody waits."""
+    if values is None or values.device.type != "cpu":
+        return
+    if not bool(((values > 0 if positive else values >= 0) & values.isfinite()).all()):
+        raise UserError(f"{name} must be {'positive' if positive else 'at least 0'} and finite for every image")

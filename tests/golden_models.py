@@ -11,14 +11,23 @@ import torch.nn.functional as F
 from golden import golden
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor, nn
-from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizerFast, CLIPConfig, CLIPModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    BertTokenizerFast,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from fastmat.models.dual_encoder import DualEncoder
-from fastmat.models.hf_clip import take_apart
+from fastmat.models.hf_clip import CLIP_MEAN, CLIP_STD, VisionTower, take_apart
 from fastmat.models.protocol import ImageState, TextState, TextTokens
-from fastmat.models.tokenizers import ClipTokenizer
+from fastmat.models.tokenizers import ClipTokenizer, HashTokenizer
 from fastmat.text.mlm import MaskedLanguageModel
-from fastmat.types import ImageTransform
+from fastmat.types import Batch, ImageTransform
 
 
 @cache
@@ -92,3 +101,37 @@ def _load(cls: type, config: type, name: str) -> nn.Module:
     tied = {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
     assert not unexpected and all(key in tied or key.endswith("position_ids") for key in missing), (missing, unexpected)
     return model.eval()
+
+
+def golden_classifier() -> tuple[DualEncoder, nn.Linear, Batch, Tensor]:
+    """The recorded image classifier: encoder, head, its images and their labels."""
+    config, tensors = golden("pgd_model")
+    vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**config["config"]))
+    state = {k.removeprefix("vision."): v for k, v in tensors.items() if k.startswith("vision.")}
+    missing = vision.load_state_dict(state, strict=False).missing_keys
+    assert all("position_ids" in key for key in missing)
+    head = nn.Linear(32, 10)
+    head.load_state_dict({k: tensors[f"head.{k}"] for k in ("weight", "bias")})
+    model = DualEncoder(
+        image_tower=VisionTower(vision.vision_model),
+        image_projection=vision.visual_projection,
+        text_tower=nn.Identity(),
+        text_projection=nn.Identity(),
+        log_logit_scale=nn.Parameter(torch.tensor(0.0)),
+        tokenizer=HashTokenizer(4),
+        context_length=4,
+        image_transform=ImageTransform(size=32),
+        mean=CLIP_MEAN,
+        std=CLIP_STD,
+    )
+    images = tensors["images_u8"] / 255
+    n = len(images)
+    batch = Batch(
+        images=images,
+        texts=("",) * n,
+        txt2img=torch.arange(n),
+        index=torch.arange(n),
+        group=torch.arange(n),
+    )
+    torch.testing.assert_close(head(model.eval().encode_image(images).embeds), tensors["clean_logits"])
+    return model, head, batch, tensors["labels"]

@@ -5,52 +5,17 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from golden import golden
+from golden_models import golden_classifier
 from recorded import RecordedDraws
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from fastmat.attacks.objectives import SquaredL2FromClean
 from fastmat.attacks.pgd import PGD
 from fastmat.attacks.search import random_start
-from fastmat.models.dual_encoder import DualEncoder
-from fastmat.models.hf_clip import CLIP_MEAN, CLIP_STD, VisionTower
-from fastmat.models.tokenizers import HashTokenizer
-from fastmat.types import AttackContext, Batch, ImageTransform, ThreatModel
+from fastmat.ops import momentum_step
+from fastmat.types import AttackContext, Batch, ThreatModel
 
 EPS = 8 / 255
-
-
-def classifier() -> tuple[DualEncoder, nn.Linear, Batch, Tensor]:
-    config, tensors = golden("pgd_model")
-    vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**config["config"]))
-    state = {k.removeprefix("vision."): v for k, v in tensors.items() if k.startswith("vision.")}
-    missing = vision.load_state_dict(state, strict=False).missing_keys
-    assert all("position_ids" in key for key in missing)
-    head = nn.Linear(32, 10)
-    head.load_state_dict({k: tensors[f"head.{k}"] for k in ("weight", "bias")})
-    model = DualEncoder(
-        image_tower=VisionTower(vision.vision_model),
-        image_projection=vision.visual_projection,
-        text_tower=nn.Identity(),
-        text_projection=nn.Identity(),
-        log_logit_scale=nn.Parameter(torch.tensor(0.0)),
-        tokenizer=HashTokenizer(4),
-        context_length=4,
-        image_transform=ImageTransform(size=32),
-        mean=CLIP_MEAN,
-        std=CLIP_STD,
-    )
-    images = tensors["images_u8"] / 255
-    n = len(images)
-    batch = Batch(
-        images=images,
-        texts=("",) * n,
-        txt2img=torch.arange(n),
-        index=torch.arange(n),
-        group=torch.arange(n),
-    )
-    torch.testing.assert_close(head(model.eval().encode_image(images).embeds), tensors["clean_logits"])
-    return model, head, batch, tensors["labels"]
 
 
 class ClassCrossEntropy:
@@ -69,7 +34,7 @@ def no_context(batch: Batch) -> AttackContext:
 
 
 def attack(threat: ThreatModel, draws: dict[str, Tensor], *, steps: int, step_size: float, start: bool = True):
-    model, head, batch, labels = classifier()
+    model, head, batch, labels = golden_classifier()
     pgd = PGD(
         threat=threat,
         objective=ClassCrossEntropy(head, labels),
@@ -102,7 +67,7 @@ def test_l2_start_and_iterates() -> None:
     _, recorded = golden("pgd")
     threat = ThreatModel(eps=1.0, norm="l2")
     draws = {"start": recorded["pgdl2.start_normal"], "start_radius": recorded["pgdl2.start_radius"].flatten() * 2 - 1}
-    batch = classifier()[2]
+    batch = golden_classifier()[2]
     start = random_start(batch, threat, RecordedDraws(draws))
     torch.testing.assert_close(start, recorded["pgdl2.iterates"][0], atol=1e-6, rtol=0)
     for steps in (2, 10):
@@ -111,15 +76,15 @@ def test_l2_start_and_iterates() -> None:
 
 
 def test_fare_objective_reproduces_momentum_iterates() -> None:
-    """RobustVLM's velocity is rebuilt here; values and gradients are ours."""
+    """Values and gradients of FARE's objective; the update itself is checked in tests/ops/test_pgd_golden.py."""
     _, recorded = golden("fare_pgd")
-    model, _, batch, _ = classifier()
-    iterates = recorded["rvlm_linf_l2loss.iterates"]
+    model, _, batch, _ = golden_classifier()
     value = SquaredL2FromClean().bind(model, batch, no_context(batch))
     velocity = torch.zeros_like(batch.images)
-    for before, after in pairwise(iterates):
+    for before, after in pairwise(recorded["rvlm_linf_l2loss.iterates"]):
         x = before.clone().requires_grad_(True)
         (gradient,) = torch.autograd.grad(value(model.encode_image(x)).mean(), x)
-        velocity = (0.9 * velocity + gradient.sign()).sign()
-        step = (x.detach() + velocity / 255 - batch.images).clamp(-4 / 255, 4 / 255) + batch.images
-        assert share_different(step.clamp(0, 1), after) <= 0.005
+        step = momentum_step(
+            before, velocity, gradient, batch.images, eps=4 / 255, step_size=1 / 255, decay=0.9, rule="fare"
+        )
+        assert share_different(step, after) <= 0.005

@@ -86,7 +86,8 @@ def test_sga_equals_the_plain_one(quirks: Quirks) -> None:
     images, first, texts = plain_sga(model, batch, quirks, steps=4, seed=5)
     assert list(result.texts) == texts
     assert texts != first != list(batch.texts)
-    assert ((result.images - images).abs() > 1e-5).float().mean() <= 0.005
+    # One gradient near zero may round to the other sign, and moves its neighbours in the steps after.
+    assert ((result.images - images).abs() > 1e-5).float().mean() <= 0.01
     assert result.words_changed.max() == 1
 
 

@@ -222,6 +222,18 @@ def test_clamp_passes_the_gradient_inside_and_on_the_bounds(backend: str, device
     assert gradient.flatten().tolist() == [0, 1, 1, 1, 0, 0]
 
 
+def test_without_noise_and_without_bounds(backend: str, device: torch.device) -> None:
+    x = images(1, 2, 9, 8, device=device) * 9 - 4
+    options = {"antialias": True, "bounds": (-math.inf, math.inf), "backend": backend}
+    view = scale_views(x, [1.5], None, **options)
+    assert torch.equal(view, scale_views(x, [1.5], torch.zeros_like(x)[None], **options))
+    sides = [
+        Axis(*pair, True, torch.float32, device).matrix().to(device) for pair in ((9, 13), (8, 12), (13, 9), (12, 8))
+    ]
+    down_h, down_w, up_h, up_w = sides
+    torch.testing.assert_close(view[0], up_h @ down_h @ x @ down_w.T @ up_w.T, **TOLERANCES[torch.float32])
+
+
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_a_gradient_that_is_not_finite_stays_where_the_clamp_let_it(backend: str, device: torch.device) -> None:
     x = torch.tensor([0.5, 2.0], device=device).view(2, 1, 1, 1).requires_grad_()

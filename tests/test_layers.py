@@ -20,6 +20,7 @@ ORDER = (
     ("training", "evaluation"),
     ("report",),
     ("build",),
+    ("benchmarks",),
     ("cli",),
 )
 LEAVES = {"types", "quirks", "errors"}
@@ -34,7 +35,8 @@ NARROW = {
 # These see models through the protocol and through files of weights, never a concrete class.
 WITHOUT_CONCRETE_MODELS = ("attacks", "defences", "training", "evaluation")
 ABSTRACT_MODELS = {"models.protocol", "models.weights"}
-FILES = sorted([*ROOT.glob("fastmat/**/*.py"), *ROOT.glob("kernels/**/*.py"), *ROOT.glob("configs/**/*.py")])
+TOPS = ("fastmat", "kernels", "configs", "benchmarks")
+FILES = sorted(file for top in TOPS for file in ROOT.glob(f"{top}/**/*.py"))
 
 
 def imports(file: Path) -> Iterator[str]:

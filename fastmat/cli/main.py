@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "harden a model, or fine-tune it",
     "eval": "rank images and captions, clean and attacked; write results.json and report.html",
     "report": "draw report.html again from a results folder",
+    "bench": "measure the operators beside what others do; rows, plots, targets",
     "env": "show versions and devices",
 }
 

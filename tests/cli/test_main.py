@@ -26,6 +26,7 @@ def test_every_command_has_help_with_its_keys(fastmat: Fastmat) -> None:
         "eval": ["victims.LABEL.model: one of open_clip", "eps: list of float", "resamples: int = 1000"],
         "quickstart": ["choose_eps: list of float (required)", "harden.train.steps: int (required)"],
         "report": ["DIR"],
+        "bench": ["--only NAME", "benchmarks/results/ops"],
         "env": ["versions"],
     }
     assert keys.keys() == COMMANDS.keys()

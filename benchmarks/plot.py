@@ -1,0 +1,102 @@
+"""Plots from rows alone: how many times faster than each opponent, with targets, and peak memory against N."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fastmat.benchmarks.rows import Row
+from fastmat.benchmarks.table import Run, newest_runs, speed_up
+from fastmat.benchmarks.targets import TARGETS
+from fastmat.report.plots import COLOURS, STYLE
+
+KINDS = {"published": COLOURS[0], "tuned": COLOURS[1], "fused": COLOURS[4], "fastmat": COLOURS[3]}
+OWN_STYLE = {**STYLE, "svg.fonttype": "path", "axes.grid.axis": "x"}
+
+
+def write_plots(folder: Path, rows: Sequence[Row]) -> list[str]:
+    """`speed-DEVICE.svg` for every kind of device with rows; the names of the files."""
+    names = []
+    for device in dict.fromkeys(row.device for row in rows):
+        runs = newest_runs(row for row in rows if row.device == device)
+        runs = [run for run in runs if run[0].machine == runs[-1][0].machine]
+        name = f"speed-{device}.svg"
+        with rc_context(OWN_STYLE):
+            draw(runs).savefig(folder / name, format="svg", metadata={"Date": None, "Creator": None})
+        names.append(name)
+    return names
+
+
+def draw(runs: Sequence[Run]) -> Figure:
+    """Bars of speed-up beside lines of memory; one machine."""
+    memory = {
+        run[0].shape["rows"]: run for run in runs if run[0].operator == "contrastive_loss" and run[0].dtype == "float32"
+    }
+    bars = sum(len(run) for run in runs)
+    with_memory = len(memory) > 1
+    figure = Figure(figsize=(11.5 if with_memory else 7.5, max(2.4, 0.9 + 0.2 * bars)), layout="constrained")
+    grid = figure.add_gridspec(
+        2, 2 if with_memory else 1, height_ratios=(1, 0.6), width_ratios=(1.5, 1) if with_memory else (1,)
+    )
+    speed_axes(figure.add_subplot(grid[:, 0]), runs)
+    if with_memory:
+        memory_axes(figure.add_subplot(grid[0, 1]), list(memory.values()))
+    figure.suptitle(
+        f"{runs[0][0].machine}, {runs[0][0].threads} thread(s), torch {runs[0][0].versions['torch']}", fontsize=9
+    )
+    return figure
+
+
+def speed_axes(axes: Axes, runs: Sequence[Run]) -> None:
+    place, ticks = 0.0, []
+    for run in runs:
+        opponents = [(row, ratio) for row in run if (ratio := speed_up(row, run)) is not None]
+        top = place
+        for row, ratio in opponents:
+            axes.barh(place, ratio - 1, left=1, height=0.8, color=KINDS[row.kind])
+            axes.text(max(ratio, 1) * 1.04, place, f"{row.implementation}  {ratio:.3g}x", va="center", fontsize=7)
+            for target in TARGETS:
+                where = (target.device, target.operator, target.case)
+                if where == (row.device, row.operator, row.case) and row.implementation in target.opponents:
+                    bound = {"speed-up": target.bound, "time": 1 / target.bound}.get(target.quantity)
+                    if bound:
+                        axes.vlines(bound, place - 0.45, place + 0.45, color="#b3261e", linewidth=1.6)
+            place += 1
+        if opponents:
+            ticks.append(((top + place - 1) / 2, f"{run[0].operator}\n{run[0].case}"))
+            place += 0.7
+    axes.set_yticks([where for where, _ in ticks], [label for _, label in ticks], fontsize=7.5)
+    axes.set(xscale="log", xlabel="times the speed of the opponent (red: target)")
+    low, high = axes.get_xlim()
+    axes.set_xlim(min(low, 0.5), high * 3)
+    axes.axvline(1, color="#2b3138", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+    kinds = [kind for kind in KINDS if any(row.kind == kind for run in runs for row in run) and kind != "fastmat"]
+    handles = [axes.plot([], [], marker="s", linestyle="", color=KINDS[kind])[0] for kind in kinds]
+    axes.legend(handles, kinds, loc="lower right", fontsize=7.5)
+
+
+def memory_axes(axes: Axes, runs: Sequence[Run]) -> None:
+    runs = sorted(runs, key=lambda run: run[0].shape["rows"])
+    names = dict.fromkeys(row.implementation for run in runs for row in run if row.peak)
+    for name in names:
+        points = [
+            (row.shape["rows"], row.peak / 1e6)
+            for run in runs
+            for row in run
+            if row.implementation == name and row.peak
+        ]
+        kind = next(row.kind for run in runs for row in run if row.implementation == name)
+        line = axes.plot(*zip(*points, strict=True), marker="o", markersize=3.5, color=KINDS[kind], linewidth=1.3)[0]
+        line.set_linestyle("--" if "compiled" in name else "-")
+        line.set_label(name)
+    axes.set(xscale="log", yscale="log", xlabel="N", ylabel="peak memory above the inputs, MB")
+    axes.set_xticks([run[0].shape["rows"] for run in runs], [str(run[0].shape["rows"]) for run in runs])
+    axes.minorticks_off()
+    axes.set_title("contrastive_loss, forward and backward", loc="left", fontsize=8.5, fontweight="bold")
+    axes.legend(fontsize=7.5)

@@ -1,0 +1,132 @@
+"""Rows as text: a table for the terminal, and README.md beside the rows, both of the newest run of every case."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from fastmat.benchmarks.rows import Row
+from fastmat.benchmarks.targets import TARGETS, Target
+
+Run = tuple[Row, ...]
+HEADER = ("case", "implementation", "kind", "ms", "p20 to p80", "fastmat's speed", "GB/s", "peak MB", "error")
+
+
+def newest_runs(rows: Iterable[Row]) -> list[Run]:
+    """The rows of the newest run of every case on every machine, in the order in which cases were first measured."""
+    runs: dict[tuple[str, str, str, str], list[Row]] = {}
+    for row in rows:
+        own = runs.setdefault((row.device, row.machine, row.operator, row.case), [])
+        if own and row.time > own[0].time:
+            own.clear()
+        own.append(row)
+    return [tuple(run) for run in runs.values()]
+
+
+def speed_up(row: Row, run: Run) -> float | None:
+    """How many times the speed of `row` fastmat has, in the same run."""
+    ours = next((other for other in run if other.kind == "fastmat"), None)
+    return None if ours is None or row is ours or row.kind == "limit" else row.p50 / ours.p50
+
+
+def cells(row: Row, run: Run) -> tuple[str, ...]:
+    ratio = speed_up(row, run)
+    return (
+        f"{row.operator} {row.case}",
+        row.implementation,
+        row.kind,
+        number(row.p50),
+        f"{number(row.p20)} to {number(row.p80)}",
+        "" if ratio is None else f"{number(ratio)}x",
+        "" if row.moved is None else f"{row.moved / row.p50 / 1e6:.0f}",
+        "" if row.peak is None else f"{row.peak / 1e6:.0f}",
+        "" if row.error is None else f"{row.error:.0e}",
+    )
+
+
+def number(value: float) -> str:
+    """Three digits.
+
+    >>> number(0.01234), number(12.345), number(1234.5)
+    ('0.0123', '12.3', '1234')
+    """
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def target_cells(runs: Sequence[Run], target: Target) -> tuple[str, ...]:
+    run = next(
+        (
+            run
+            for run in runs
+            if (run[0].device, run[0].operator, run[0].case) == (target.device, target.operator, target.case)
+        ),
+        (),
+    )
+    figure = target.measured(run)
+    place = f"{target.operator} {target.case}"
+    if figure is None:
+        return target.device, place, target.asked(), "-", "-"
+    return target.device, place, target.asked(), number(figure), "yes" if target.met(figure) else "no"
+
+
+def for_terminal(runs: Sequence[Run]) -> str:
+    """Both tables, in columns; a target without rows is left out."""
+    body = [cells(row, run) for run in runs for row in run]
+    goals = [line for target in TARGETS if (line := target_cells(runs, target))[3] != "-"]
+    parts = [columns([HEADER, *body])]
+    if goals:
+        parts.append(columns([("device", "target", "asked", "measured", "met"), *goals]))
+    return "\n\n".join(parts)
+
+
+def columns(lines: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def markdown(lines: Sequence[tuple[str, ...]]) -> str:
+    head, *body = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([head, "|" + "---|" * len(lines[0]), *body])
+
+
+def page(rows: Sequence[Row], plots: Sequence[str]) -> str:
+    """README.md of a results folder: targets, plots, then every case by machine."""
+    runs = newest_runs(rows)
+    goals = [("device", "case", "asked", "measured", "met"), *(target_cells(runs, target) for target in TARGETS)]
+    parts = [
+        "# Operators: speed and memory",
+        "Written by `fastmat bench ops` from [rows.jsonl](rows.jsonl), the newest run of every case; do not edit. "
+        "Milliseconds are medians of one call; opponents ran in turn in the same process. A result was held to the "
+        'exact one before any figure (error: largest difference over the largest entry). "fastmat is 3x": its median '
+        "is a third. GB/s: bytes that must move over the median. Peak MB: above the inputs, results and gradients "
+        "included. A limit computes something else. A dash: not measured.",
+        "## Targets",
+        markdown(goals),
+        *(f"![Speed-up of fastmat over each opponent, and peak memory]({plot})" for plot in plots),
+    ]
+    for device, machine in dict.fromkeys((run[0].device, run[0].machine) for run in runs):
+        own = [run for run in runs if (run[0].device, run[0].machine) == (device, machine)]
+        parts += [
+            f"## {machine} ({device})",
+            provenance(own),
+            markdown([HEADER, *(cells(r, run) for run in own for r in run)]),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def provenance(runs: Sequence[Run]) -> str:
+    """Commands, threads, versions and commits behind some runs, each distinct one once."""
+    rows = [run[0] for run in runs]
+    said = {
+        "command": [f"`{row.command}`" for row in rows],
+        "threads": [str(row.threads) for row in rows],
+        "versions": [", ".join(f"{name} {version}" for name, version in row.versions.items()) for row in rows],
+        "commit": [row.commit or "none" for row in rows],
+    }
+    return "\n".join(f"- {key}: {'; '.join(dict.fromkeys(values))}" for key, values in said.items())
+
+
+def write_page(folder: Path, rows: Sequence[Row], plots: Sequence[str]) -> None:
+    (folder / "README.md").write_text(page(rows, plots), encoding="utf-8")

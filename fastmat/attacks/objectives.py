@@ -16,7 +16,7 @@ from torch import Tensor
 from fastmat.attacks.base import text_features
 from fastmat.models.protocol import ImageState, VisionLanguageModel
 from fastmat.ops import contrastive_rows, cosine_to_set
-from fastmat.ops.contrastive import scaled_logits
+from fastmat.ops.contrastive import contrastive_statistics
 from fastmat.types import AttackContext, Batch
 
 Bound = Callable[[ImageState], Tensor]
@@ -40,15 +40,23 @@ class Contrastive:
 
     def bind(self, model: VisionLanguageModel, batch: Batch, context: AttackContext) -> Bound:
         scale = model.logit_scale.detach()
-        # Only texts that match something in the batch have a term to images, a few of a whole gallery's.
-        own = torch.isin(context.text_group, batch.group)
-        texts, text_group = context.text_features[own], context.text_group[own]
-        positive = batch.group[:, None] == text_group[None, :]
-        weight = positive / positive.sum(1, keepdim=True).clamp_min(1)
-        with torch.no_grad():
-            to_images = scaled_logits(texts, context.image_features, scale)
-            to_images.masked_fill_(text_group[:, None] == context.image_group[None, :], -torch.inf)
-            others = to_images.logsumexp(1)
+        # Only texts that match an image of the batch have a term to images: [B, K], padded to the most of one image.
+        ordered, order = context.text_group.sort()
+        first = torch.searchsorted(ordered, batch.group)
+        count = torch.searchsorted(ordered, batch.group, right=True) - first
+        place = torch.arange(int(count.max()), device=count.device)
+        own = order[(first[:, None] + place).clamp_max(len(order) - 1)]
+        weight = (place < count[:, None]) / count[:, None].clamp_min(1)
+        texts = context.text_features[own].to(scale.dtype)
+        others = contrastive_statistics(
+            texts.flatten(0, 1),
+            context.image_features,
+            scale,
+            context.text_group[own].flatten(),
+            context.image_group,
+            negatives_only=True,
+            column_side=False,
+        ).row_lse.view(own.shape)
 
         def value(state: ImageState) -> Tensor:
             total = torch.zeros(len(state.features), device=state.features.device)
@@ -57,7 +65,7 @@ class Contrastive:
                     state.features, context.text_features, scale, row_group=batch.group, column_group=context.text_group
                 )
             if self.directions != "i2t":
-                live = scaled_logits(state.features, texts, scale)
+                live = scale * (state.features[:, None] * texts).sum(2)
                 total = total + ((torch.logaddexp(others, live) - live) * weight).sum(1)
             return total / 2 if self.directions == "both" else total
 

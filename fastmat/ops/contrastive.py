@@ -1,45 +1,34 @@
-"""InfoNCE with any number of positives on both sides (1:N and N:1)."""
+"""InfoNCE with any number of positives on both sides, soft targets and a queue; the matrix of logits never exists.
+
+Two operators walk the logits `S = logit_scale * rows @ columns.T` tile by tile (fastmat/ops/contrastive_tiles.py). The
+first finds log-sum-exps and sums of positive logits, of rows and columns at once; the second, its backward, computes
+each tile again, turns it into the gradient of those vectors and multiplies it with the features. These are 4 matrix
+products where CLIP's two matrices of logits take 6, and memory above inputs and outputs is O(N + M) and one tile.
+Everything else (losses, queue, mixing of targets) is arithmetic on vectors of length N and M, left to autograd.
+"""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from fastmat.errors import UserError
+from fastmat.ops.arguments import FLOATS, check_device, check_dtype, check_ids, check_shape
+from fastmat.ops.backend import Backend
+from fastmat.ops.contrastive_tiles import fold_tiles, peak_of, weigh_tiles
 
-def scaled_logits(rows: Tensor, columns: Tensor, logit_scale: Tensor | float) -> Tensor:
-    """[N, M] scaled dot products of rows [N, E] and columns [M, E]: fp32 (fp64 for fp64 rows), also inside autocast.
-
-    In bf16 a cosine near 1 is known to 1/256, which at scale 100 leaves 0.4 of doubt in a logit.
-    """
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    with torch.autocast(rows.device.type, enabled=False):
-        return logit_scale * (rows.to(dtype) @ columns.to(dtype).T)
+Named: TypeAlias = tuple[str, Tensor | None]
 
 
-def contrastive_rows(
-    rows: Tensor,
-    columns: Tensor,
-    logit_scale: Tensor | float,
-    *,
-    row_group: Tensor,
-    column_group: Tensor,
-    soft_rows: Tensor | None = None,
-    alpha: float = 0.0,
-) -> Tensor:
-    """[N] cross-entropies of each row over all columns; the target is uniform over the columns of the row's group.
+class ContrastiveStatistics(NamedTuple):
+    """What every contrastive loss is made of: log-sum-exps and sums of the positive logits, of rows and of columns."""
 
-    rows [N, E], columns [M, E] unit features; row_group [N], column_group [M] int64. A row without positives gets 0.
-    soft_rows: [N, E] unit features of the same rows from a momentum model; their softmax over the columns, without a
-        gradient, is mixed into the target with weight `alpha` (ALBEF, NeurIPS 2021, section 3.3; BLIP).
-    """
-    logits = scaled_logits(rows, columns, logit_scale)
-    positive = row_group[:, None] == column_group[None, :]
-    count = positive.sum(1)
-    matched = torch.where(positive, logits, 0.0).sum(1) / count.clamp_min(1)
-    if soft_rows is not None:
-        soft = scaled_logits(soft_rows.detach(), columns.detach(), torch.as_tensor(logit_scale).detach()).softmax(1)
-        matched = alpha * (soft * logits).sum(1) + (1 - alpha) * matched
-    return torch.where(count > 0, logits.logsumexp(1) - matched, 0.0)
+    row_lse: Tensor
+    row_match: Tensor
+    column_lse: Tensor
+    column_match: Tensor
 
 
 def contrastive_loss(
@@ -47,14 +36,321 @@ def contrastive_loss(
     text_features: Tensor,
     logit_scale: Tensor | float,
     *,
-    image_group: Tensor,
-    text_group: Tensor,
+    image_group: Tensor | None = None,
+    text_group: Tensor | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
-    """Symmetric InfoNCE: the mean of the image-to-text rows plus the mean of the text-to-image rows, halved.
+    """Symmetric InfoNCE, []: the mean over images plus the mean over texts of their cross-entropies, halved.
 
-    image_features [B, E], text_features [T, E] unit rows; groups [B], [T] int64: equal groups are positives. With the
-    diagonal as the only positives it is CLIP's loss.
+    image_features [B, D], text_features [T, D] unit rows; image_group [B], text_group [T] int64: equal groups are
+        positives (1:N, N:1, N:M) and share the target. Without groups image i matches text i (CLIP, ICML 2021, fig. 3).
+    logit_scale: [] or a number, the multiplier, already exponentiated.
+    fp32, fp16 or bf16 features: products are summed in fp32, also inside autocast, and fp32 comes out; fp64 runs the
+    reference. fp32 products follow `torch.set_float32_matmul_precision`. Differentiable once, in features and scale.
+    Bytes: the features of one side are read once per tile of the other; tiles stay in cache.
+    Raises ValueError for wrong shapes, dtypes and devices; on the CPU also for an image or text without a positive. On
+    a GPU, where looking would wait, such a row adds 0.
     """
-    i2t = contrastive_rows(image_features, text_features, logit_scale, row_group=image_group, column_group=text_group)
-    t2i = contrastive_rows(text_features, image_features, logit_scale, row_group=text_group, column_group=image_group)
-    return (i2t.mean() + t2i.mean()) / 2
+    image_group, text_group = _checked_pair(
+        ("image_features", image_features), ("text_features", text_features), logit_scale,
+        ("image_group", image_group), ("text_group", text_group),
+    )  # fmt: skip
+    if not len(image_features):
+        raise UserError("image_features must have at least one row")
+    image_count = _positive_count(image_group, text_group, "image_group", "text_group")
+    text_count = _positive_count(text_group, image_group, "text_group", "image_group")
+    scale = _as_scale(logit_scale, image_features)
+    found = _statistics(image_features, text_features, scale, image_group, text_group, False, True, backend)
+    images = torch.where(image_count > 0, found.row_lse - found.row_match / image_count.clamp_min(1), 0.0)
+    texts = torch.where(text_count > 0, found.column_lse - found.column_match / text_count.clamp_min(1), 0.0)
+    return (images.mean() + texts.mean()) / 2
+
+
+def contrastive_rows(
+    rows: Tensor,
+    columns: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    row_group: Tensor | None = None,
+    column_group: Tensor | None = None,
+    soft_rows: Tensor | None = None,
+    soft_weight: float = 0.0,
+    queue: Tensor | None = None,
+    queue_group: Tensor | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """[N] cross-entropies of each row over all columns; the target is uniform over the row's positives.
+
+    rows [N, D], columns [M, D] unit features; row_group [N], column_group [M] int64, equal where positive; without
+        groups row i matches column i. Dtypes, bytes and errors as `contrastive_loss`.
+    soft_rows: [N, D] features of the same rows from a momentum model; their softmax over the columns, a constant, is
+        mixed into the target with weight `soft_weight` in [0, 1] (ALBEF, NeurIPS 2021, section 3.2; BLIP, ICML 2022).
+    queue: [Q, D] more columns, never copied: hand a [D, Q] buffer in as its transposed view. queue_group: [Q] int64; an
+        id that no row has, such as -1, makes a pure negative (without groups the rows are 0 to N - 1).
+    """
+    row_group, column_group = _checked_pair(
+        ("rows", rows), ("columns", columns), logit_scale, ("row_group", row_group), ("column_group", column_group)
+    )
+    keys, key_groups = [columns], [column_group]
+    if queue is not None and queue_group is not None:
+        _checked_pair(
+            ("rows", rows), ("queue", queue), logit_scale, ("row_group", row_group), ("queue_group", queue_group)
+        )
+        keys, key_groups = [columns, queue], [column_group, queue_group]
+    elif queue is not None or queue_group is not None:
+        raise UserError("queue and queue_group must be given together")
+    if not 0 <= soft_weight <= 1:
+        raise UserError(f"soft_weight must be in [0, 1], got {soft_weight}")
+    if soft_rows is not None:
+        check_dtype("soft_rows", soft_rows, (*FLOATS, torch.float64))
+        check_shape("soft_rows", soft_rows, rows.shape, "of rows")
+        check_device(rows.device, soft_rows=soft_rows)
+    elif soft_weight:
+        raise UserError("soft_weight needs soft_rows, a momentum model's features of the rows")
+
+    count = _positive_count(row_group, torch.cat(key_groups), "row_group", "column_group")
+    scale = _as_scale(logit_scale, rows)
+    hard = [
+        _statistics(rows, key, scale, row_group, group, False, False, backend)
+        for key, group in zip(keys, key_groups, strict=True)
+    ]
+    lse = torch.stack([part.row_lse for part in hard]).logsumexp(0)
+    matched = torch.stack([part.row_match for part in hard]).sum(0) / count.clamp_min(1)
+    if soft_rows is not None and soft_weight:
+        soft = [_soft_mean(soft_rows, key, scale, backend) for key in keys]
+        share = torch.stack([part_lse for _, part_lse in soft]).softmax(0).unsqueeze(2)
+        mean = sum(weight * part for weight, (part, _) in zip(share, soft, strict=True))
+        matched = soft_weight * scale * (rows * mean).sum(1) + (1 - soft_weight) * matched
+    return torch.where(count > 0, lse - matched, 0.0)
+
+
+def contrastive_statistics(
+    rows: Tensor,
+    columns: Tensor,
+    logit_scale: Tensor | float,
+    row_group: Tensor,
+    column_group: Tensor,
+    *,
+    negatives_only: bool = False,
+    column_side: bool = True,
+    backend: Backend | None = None,
+) -> ContrastiveStatistics:
+    """Log-sum-exps of the logits and sums of the positive ones over rows [N] and columns [M], in one pass.
+
+    rows [N, D], columns [M, D]; row_group [N], column_group [M] int64, equal where positive; every result is
+    differentiable in rows, columns and scale. Dtypes, bytes and errors as `contrastive_loss`.
+    negatives_only: the log-sum-exps leave positives out; -inf where nothing is left.
+    column_side: False leaves the two column results empty, and saves their exponentials.
+    """
+    _checked_pair(
+        ("rows", rows), ("columns", columns), logit_scale, ("row_group", row_group), ("column_group", column_group)
+    )
+    scale = _as_scale(logit_scale, rows)
+    return _statistics(rows, columns, scale, row_group, column_group, negatives_only, column_side, backend)
+
+
+def _checked_pair(
+    rows: tuple[str, Tensor],
+    columns: tuple[str, Tensor],
+    logit_scale: Tensor | float,
+    row_group: tuple[str, Tensor | None],
+    column_group: tuple[str, Tensor | None],
+) -> tuple[Tensor, Tensor]:
+    """The two groups of a valid (name, tensor) pair of features; without groups, row i and column i are one group."""
+    for name, features in (rows, columns):
+        check_dtype(name, features, (*FLOATS, torch.float64))
+        if features.dim() != 2:
+            raise UserError(f"{name} must be [N, D], got {tuple(features.shape)}")
+    (row_name, row_features), (column_name, column_features) = rows, columns
+    check_shape(column_name, column_features, (len(column_features), row_features.shape[1]), f"as wide as {row_name}")
+    check_device(row_features.device, **{column_name: column_features})
+    if isinstance(logit_scale, Tensor):
+        if logit_scale.numel() != 1 or not logit_scale.is_floating_point():
+            raise UserError(f"logit_scale must be one real number, got {logit_scale.dtype} {tuple(logit_scale.shape)}")
+        check_device(row_features.device, logit_scale=logit_scale)
+    if len(row_features) and not len(column_features):
+        raise UserError(f"{column_name} must have at least one row")
+    if row_group[1] is None and column_group[1] is None:
+        if len(row_features) != len(column_features):
+            raise UserError(
+                f"without {row_group[0]} and {column_group[0]} row i matches column i, but {row_name} has "
+                f"{len(row_features)} rows and {column_name} {len(column_features)}"
+            )
+        diagonal = torch.arange(len(row_features), device=row_features.device)
+        return diagonal, diagonal
+    found = []
+    for (name, group), (owner, features), other in (
+        (row_group, rows, column_group),
+        (column_group, columns, row_group),
+    ):
+        if group is None:
+            raise UserError(f"{name} must be given with {other[0]}")
+        check_ids(name, group, len(features), f"one id per row of {owner}")
+        check_device(row_features.device, **{name: group})
+        found.append(group.contiguous())
+    return found[0], found[1]
+
+
+def _as_scale(logit_scale: Tensor | float, rows: Tensor) -> Tensor:
+    """[] in the dtype of the logits, on the device; a number gets there without waiting for a GPU."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    if isinstance(logit_scale, Tensor):
+        return logit_scale.to(dtype).reshape(())
+    return torch.full((), logit_scale, dtype=dtype, device=rows.device)
+
+
+def _statistics(
+    rows: Tensor,
+    columns: Tensor,
+    scale: Tensor,
+    row_group: Tensor,
+    column_group: Tensor,
+    negatives_only: bool,
+    column_side: bool,
+    backend: Backend | None,
+) -> ContrastiveStatistics:
+    dtype = torch.promote_types(rows.dtype, columns.dtype)
+    rows, columns = rows.to(dtype), columns.to(dtype)
+    return ContrastiveStatistics(
+        *_fold(rows, columns, scale, row_group, column_group, negatives_only, column_side, backend or "")
+    )
+
+
+class _SoftMean(torch.autograd.Function):
+    """[N, D] means of the columns under softmax(scale * rows @ columns.T), and [N] log-sum-exps.
+
+    The softmax is a constant; columns get a gradient as what is averaged.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, columns: Tensor, scale: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+        # No row and column share a group here.
+        groups = torch.zeros_like(rows[:, 0], dtype=torch.int64), torch.ones_like(columns[:, 0], dtype=torch.int64)
+        lse, *_ = _fold(rows, columns, scale, *groups, False, False, backend)
+        # The mean is the gradient of the log-sum-exp over the scale.
+        state = torch.stack([lse, torch.ones_like(lse), torch.zeros_like(lse)])
+        one = torch.ones_like(scale)
+        mean, _, _ = _weigh(rows, columns, scale, state, None, *groups, False, None, columns, one, one.dtype, backend)
+        ctx.save_for_backward(rows, columns, scale, state, *groups)
+        ctx.backend = backend
+        ctx.mark_non_differentiable(lse)
+        return mean, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        rows, columns, scale, state, *groups = ctx.saved_tensors
+        peak = peak_of(grad)
+        values = (grad / peak).to(rows.dtype)
+        _, d_columns, _ = _weigh(
+            rows, columns, scale, state, None, *groups, False, values, None, peak, columns.dtype, ctx.backend
+        )
+        return None, d_columns, None, None
+
+
+def _soft_mean(rows: Tensor, columns: Tensor, scale: Tensor, backend: Backend | None) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(rows.dtype, columns.dtype)
+    return _SoftMean.apply(rows.detach().to(dtype), columns.to(dtype), scale.detach(), backend or "")
+
+
+@torch.library.custom_op("fastmat::contrastive_positive_count", mutates_args=())
+def _positive_count(own: Tensor, other: Tensor, own_name: str, other_name: str) -> Tensor:
+    """[N] int64: how many of `other` [M] equal each of `own` [N]; on the CPU none is an error."""
+    ordered, order = own.sort()
+    # Every other id adds one from the first own id that equals it on, and takes it back behind the last.
+    edges = own.new_zeros(len(own) + 1)
+    for right, sign in ((False, 1), (True, -1)):
+        edges.scatter_add_(0, torch.searchsorted(ordered, other, right=right), torch.full_like(other, sign))
+    count = torch.empty_like(own).scatter_(0, order, edges.cumsum(0)[:-1])
+    if count.device.type == "cpu" and not bool(count.all()):
+        i = int((count == 0).nonzero()[0])
+        raise UserError(f"{own_name}: no entry of {other_name} equals entry {i} ({int(own[i])}), which has no positive")
+    return count
+
+
+@_positive_count.register_fake
+def _(own: Tensor, other: Tensor, own_name: str, other_name: str) -> Tensor:
+    return torch.empty_like(own)
+
+
+@torch.library.custom_op("fastmat::contrastive_fold", mutates_args=())
+def _fold(
+    rows: Tensor,
+    columns: Tensor,
+    scale: Tensor,
+    row_group: Tensor,
+    column_group: Tensor,
+    negatives_only: bool,
+    column_side: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four vectors of ContrastiveStatistics."""
+    row_state, column_state = fold_tiles(
+        rows, columns, scale, row_group, column_group, negatives_only, column_side, backend
+    )
+    row_max, row_sum, row_match = row_state
+    column_max, column_sum, column_match = column_state
+    return row_max + row_sum.log(), row_match.clone(), column_max + column_sum.log(), column_match.clone()
+
+
+@_fold.register_fake
+def _(
+    rows: Tensor, columns: Tensor, scale: Tensor, _r: Tensor, _c: Tensor, _n: bool, column_side: bool, _b: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, m = len(rows), len(columns) if column_side else 0
+    return scale.new_empty(n), scale.new_empty(n), scale.new_empty(m), scale.new_empty(m)
+
+
+_weigh = torch.library.custom_op("fastmat::contrastive_weigh", weigh_tiles, mutates_args=())
+
+
+@_weigh.register_fake
+def _(
+    rows: Tensor,
+    columns: Tensor,
+    scale: Tensor,
+    row_state: Tensor,
+    column_state: Tensor | None,
+    row_group: Tensor,
+    column_group: Tensor,
+    negatives_only: bool,
+    row_values: Tensor | None,
+    column_values: Tensor | None,
+    factor: Tensor,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, m = 0 if column_values is None else len(rows), 0 if row_values is None else len(columns)
+    d = rows.shape[1]
+    return rows.new_empty(n, d, dtype=dtype), rows.new_empty(m, d, dtype=dtype), torch.empty_like(scale)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.negatives_only, ctx.column_side, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, output[0], output[2])
+
+
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    rows, columns, scale, row_group, column_group, row_lse, column_lse = ctx.saved_tensors
+    for_rows, for_columns, for_scale = ctx.needs_input_grad[:3]
+    row_state = torch.stack([row_lse, grads[0], grads[1]])
+    column_state = torch.stack([column_lse, grads[2], grads[3]]) if ctx.column_side else None
+    d_rows, d_columns, d_scale = _weigh(
+        rows,
+        columns,
+        scale,
+        row_state,
+        column_state,
+        row_group,
+        column_group,
+        ctx.negatives_only,
+        rows if for_columns else None,
+        columns if for_rows or for_scale else None,
+        scale,
+        rows.dtype,
+        ctx.backend,
+    )
+    found = (d_rows if for_rows else None, d_columns if for_columns else None, d_scale if for_scale else None)
+    return *found, None, None, None, None, None
+
+
+_fold.register_autograd(_backward, setup_context=_save)

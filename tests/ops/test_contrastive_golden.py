@@ -58,14 +58,13 @@ def test_against_constant_keys_with_and_without_a_queue(tag, loss, precision):
     image = t[f"{tag}.image"].to(dtype).requires_grad_(True)
     text = t[f"{tag}.text"].to(dtype).requires_grad_(True)
     temp = torch.tensor(meta["config"]["temp"], dtype=dtype, requires_grad=True)
-    group = column_group = t[f"{tag}.idx"]
+    group, queues, queue_group = t[f"{tag}.idx"], (None, None), None
     momentum = [F.normalize(t[f"{tag}.{side}_m"].to(dtype), dim=-1) for side in ("image", "text")]
     if loss == "infonce_multi":
         keys = [F.normalize(side.detach(), dim=-1) for side in (image, text)]
     else:
-        queues = [t[f"{tag}.{side}_queue"].to(dtype).T for side in ("image", "text")]
-        keys = [torch.cat(pair) for pair in zip(momentum, queues, strict=True)]
-        column_group = torch.cat([group, t[f"{tag}.idx_queue"][0]])
+        keys, queue_group = momentum, t[f"{tag}.idx_queue"][0]
+        queues = tuple(t[f"{tag}.{side}_queue"].to(dtype).T for side in ("image", "text"))
     value = (
         sum(
             contrastive_rows(
@@ -73,11 +72,13 @@ def test_against_constant_keys_with_and_without_a_queue(tag, loss, precision):
                 key,
                 1 / temp,
                 row_group=group,
-                column_group=column_group,
+                column_group=group,
                 soft_rows=soft if loss == "itc_soft" else None,
-                alpha=meta["config"]["itc_soft_alpha"],
+                soft_weight=meta["config"]["itc_soft_alpha"] if loss == "itc_soft" else 0.0,
+                queue=queue,
+                queue_group=queue_group,
             ).mean()
-            for query, key, soft in zip((image, text), reversed(keys), momentum, strict=True)
+            for query, key, queue, soft in zip((image, text), keys[::-1], queues[::-1], momentum, strict=True)
         )
         / 2
     )

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from fastmat.benchmarks.rows import Row
 from fastmat.benchmarks.table import Run, newest_runs, speed_up
@@ -73,12 +75,20 @@ def speed_axes(axes: Axes, runs: Sequence[Run]) -> None:
     axes.set(xscale="log", xlabel="times the speed of the opponent (red: target)")
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, 0.5), high * 3)
+    plain_ticks(axes.xaxis)
     axes.axvline(1, color="#2b3138", linewidth=0.8)
     axes.invert_yaxis()
     axes.tick_params(length=0)
     kinds = [kind for kind in KINDS if any(row.kind == kind for run in runs for row in run) and kind != "fastmat"]
     handles = [axes.plot([], [], marker="s", linestyle="", color=KINDS[kind])[0] for kind in kinds]
-    axes.legend(handles, kinds, loc="lower right", fontsize=7.5)
+    axes.legend(handles, kinds, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(kinds), fontsize=7.5)
+
+
+def plain_ticks(axis: Axis) -> None:
+    """1, 2, 5, 10, ... on a logarithmic axis, written as such."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def memory_axes(axes: Axes, runs: Sequence[Run]) -> None:
@@ -97,6 +107,7 @@ def memory_axes(axes: Axes, runs: Sequence[Run]) -> None:
         line.set_label(name)
     axes.set(xscale="log", yscale="log", xlabel="N", ylabel="peak memory above the inputs, MB")
     axes.set_xticks([run[0].shape["rows"] for run in runs], [str(run[0].shape["rows"]) for run in runs])
-    axes.minorticks_off()
+    axes.xaxis.minorticks_off()
+    plain_ticks(axes.yaxis)
     axes.set_title("contrastive_loss, forward and backward", loc="left", fontsize=8.5, fontweight="bold")
     axes.legend(fontsize=7.5)

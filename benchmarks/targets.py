@@ -58,27 +58,20 @@ class Target:
         return figure <= self.bound if self.at_most else figure >= self.bound
 
 
-PGD, CLIP, RANKS = "linf B=128 224px", "open_clip ClipLoss", "5000 x 25000"
-FUSED = ("memeff", "inf_cl")
+PGD, CLIP, RANKS = "linf B=128 224px", "contrastive_loss", "5000 x 25000"
+CLIP_LOSS, FUSED = ("open_clip ClipLoss",), ("memeff", "inf_cl")
 
 TARGETS = (
     Target(device="cuda", operator="pgd_step", case=PGD, quantity="bandwidth", bound=85, opponents=("copy",)),
     Target(device="cuda", operator="pgd_step", case=PGD, quantity="speed-up", bound=4, opponents=("torchattacks",)),
     Target(device="cpu", operator="pgd_step", case=PGD, quantity="speed-up", bound=3, opponents=("torchattacks",)),
-    *(
-        Target(
-            device="cuda", operator="contrastive_loss", case=case, quantity=quantity, bound=bound, opponents=opponents
-        )
-        for case, quantity, bound, opponents in (
-            ("N=16384", "speed-up", 4, (CLIP,)),
-            ("N=16384", "memory", 70, (CLIP,)),
-            ("N=32768", "speed-up", 1.3, FUSED),
-            ("N=65536", "speed-up", 1.3, FUSED),
-            ("N=65536", "peak", 0.3, ()),
-        )
-    ),
-    Target(device="cpu", operator="contrastive_loss", case="N=8192", quantity="memory", bound=10, opponents=(CLIP,)),
-    Target(device="cpu", operator="contrastive_loss", case="N=8192", quantity="time", bound=1.2, opponents=(CLIP,)),
+    Target(device="cuda", operator=CLIP, case="N=16384", quantity="speed-up", bound=4, opponents=CLIP_LOSS),
+    Target(device="cuda", operator=CLIP, case="N=16384", quantity="memory", bound=70, opponents=CLIP_LOSS),
+    Target(device="cuda", operator=CLIP, case="N=32768", quantity="speed-up", bound=1.3, opponents=FUSED),
+    Target(device="cuda", operator=CLIP, case="N=65536", quantity="speed-up", bound=1.3, opponents=FUSED),
+    Target(device="cuda", operator=CLIP, case="N=65536", quantity="peak", bound=0.3),
+    Target(device="cpu", operator=CLIP, case="N=8192", quantity="memory", bound=10, opponents=CLIP_LOSS),
+    Target(device="cpu", operator=CLIP, case="N=8192", quantity="time", bound=1.2, opponents=CLIP_LOSS),
     *(
         Target(
             device=device,

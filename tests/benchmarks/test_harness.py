@@ -1,11 +1,13 @@
 """The gate stands before every figure; timing takes turns."""
 
+import doctest
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 
-from fastmat.benchmarks import suite
+from fastmat.benchmarks import harness, passes, suite, table
 from fastmat.benchmarks.harness import Case, Implementation, QualityError, Work, can_compile, largest_error, measure
 from fastmat.benchmarks.memory import peak_in_child, peak_memory
 
@@ -92,6 +94,13 @@ def test_peak_memory_sees_what_a_call_holds_at_once() -> None:
 def test_peak_memory_in_a_child() -> None:
     peak = peak_in_child("cosine", "cosine_to_set B=3 T=15", "fastmat", short=True)
     assert peak is None or 0 <= peak < 2**24
+
+
+@pytest.mark.parametrize("module", [harness, passes, table])
+def test_examples_in_docstrings_run(module: ModuleType) -> None:
+    result = doctest.testmod(module, extraglobs={"torch": torch})
+    assert result.attempted
+    assert not result.failed
 
 
 @pytest.mark.parametrize("bench", suite.BENCHES)

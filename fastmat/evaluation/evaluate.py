@@ -58,8 +58,8 @@ class Attacked:
 def encode_gallery(model: VisionLanguageModel, batches: Iterable[Batch]) -> Gallery:
     """Encode every image and caption once, in order.
 
-    Raises UserError without any image or caption, or when the model gives features that are not finite, since a NaN
-    would rank first everywhere.
+    Raises UserError without any image or caption, or when the model gives features that are not finite: they say
+    nothing about a rank.
     """
     device = model.logit_scale.device
     images, texts, groups, text_groups, txt2img = [], [], [], [], []

@@ -67,7 +67,7 @@ def retrieval_ranks(
     """
     check_features(queries, gallery, DTYPES)
     _check_groups(query_group, gallery_group, len(queries), len(gallery), queries.device)
-    return _retrieval_ranks(queries.detach(), gallery.detach(), query_group, gallery_group, backend or "")
+    return _retrieval_ranks(queries, gallery, query_group, gallery_group, backend or "")
 
 
 def ranks_of_scores(
@@ -85,7 +85,7 @@ def ranks_of_scores(
     if scores.dim() != 2:
         raise UserError(f"scores must have shape (queries, gallery), got {tuple(scores.shape)}")
     _check_groups(query_group, gallery_group, scores.shape[0], scores.shape[1], scores.device)
-    return _ranks_of_scores(scores.detach(), query_group, gallery_group, backend or "")
+    return _ranks_of_scores(scores, query_group, gallery_group, backend or "")
 
 
 @torch.library.custom_op("fastmat::retrieval_ranks", mutates_args=())

@@ -17,8 +17,8 @@ and write; 6 when it writes half precision for the next product). Vectors are re
 Dtypes: tile, state and arithmetic fp32; weigh may store fp16 or bf16. A NaN in a tile makes its row's and its column's
 sum NaN: maxima may skip it, sums cannot.
 
-Launch: fold runs one program per few rows plus one per 32 columns, each walking the other side, so that nothing is
-added from two programs and the result is the same in every run; weigh runs one program per 32 x 128 block.
+Launch: fold runs one program per 8 rows plus one per 8 columns, each walking the other side, so that no two programs
+add to one sum and the result is the same in every run; weigh runs one program of 8 warps per 32 x 128 block.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def weigh_kernel(
     tl.store(out_ptr + o_n64 * stride_on + o_m64 * stride_om, b_w.to(out_ptr.dtype.element_ty), mask=m_nm)
 
 
-def fold(
+def launch_fold(
     tile: Tensor,
     scale: Tensor,
     row_state: Tensor,
@@ -193,18 +193,20 @@ def fold(
     negatives_only: bool,
     *,
     block: int = 4096,
-    neighbours: int = 32,
+    lines: int = 8,
 ) -> None:
     """Fold a tile of raw products [n, m] into row_state [3, n] and column_state [3, m]: maximum, sum, match.
 
     scale [] on the device; groups [n], [m] int64. column_state None: rows only.
-    block: elements a program holds at once; neighbours: columns that stand side by side in one (32 fill a cache line).
+    block: elements a program holds at once, of at least `lines` columns (8 fp32 fill a 32-byte sector) or at most as
+    many rows; fewer where there are few, so that a wide tile of few rows still fills the machine.
     """
     n, m = tile.shape
-    # Few rows per program, so that a wide tile of few rows still fills the machine.
-    height = min(16, block, triton.next_power_of_2(triton.cdiv(n, 128)))
+    height = min(lines, triton.next_power_of_2(triton.cdiv(n, 128)))
+    depth = min(block // lines, triton.next_power_of_2(n))
+    width = min(block // depth, triton.next_power_of_2(m))
     row_programs = triton.cdiv(n, height)
-    column_programs = 0 if column_state is None else triton.cdiv(m, neighbours)
+    column_programs = 0 if column_state is None else triton.cdiv(m, width)
     columns = row_state if column_state is None else column_state
     fold_kernel[(row_programs + column_programs,)](
         tile_ptr=tile,
@@ -223,12 +225,12 @@ def fold(
         NEGATIVES_ONLY=negatives_only,
         ROW_BLOCK_N=height,
         ROW_BLOCK_M=min(block // height, triton.next_power_of_2(m)),
-        COLUMN_BLOCK_N=min(block // neighbours, triton.next_power_of_2(n)),
-        COLUMN_BLOCK_M=neighbours,
+        COLUMN_BLOCK_N=depth,
+        COLUMN_BLOCK_M=width,
     )
 
 
-def weigh(
+def launch_weigh(
     tile: Tensor,
     out: Tensor,
     scale: Tensor,
@@ -267,4 +269,5 @@ def weigh(
         NEGATIVES_ONLY=negatives_only,
         BLOCK_N=block_n,
         BLOCK_M=block_m,
+        num_warps=8,
     )

@@ -119,9 +119,9 @@ def _relative(state: Tensor, peak: Tensor) -> Tensor:
 
 def _epilogues(backend: str, rows: Tensor) -> tuple[Callable[..., None], Callable[..., None]]:
     if uses_triton(backend or None, rows.device) and rows.dtype != torch.float64:
-        from fastmat.kernels.contrastive import fold, weigh
+        from fastmat.kernels.contrastive import launch_fold, launch_weigh
 
-        return fold, weigh
+        return launch_fold, launch_weigh
     return fold_reference, weigh_reference
 
 

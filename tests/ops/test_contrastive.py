@@ -334,7 +334,7 @@ def test_tiles_have_one_area(n, m, device_type):
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (3, 5), (5, 3), (8, 8), (9, 7)])
 def test_kernels_in_any_block_size(n, m, column_side, negatives_only, device):
     pytest.importorskip("triton")
-    from fastmat.kernels.contrastive import fold, weigh
+    from fastmat.kernels.contrastive import launch_fold, launch_weigh
 
     generator = torch.Generator().manual_seed(n)
     tile = torch.randn(n, m, generator=generator).to(device)
@@ -354,25 +354,25 @@ def test_kernels_in_any_block_size(n, m, column_side, negatives_only, device):
         return out
 
     want = folded(contrastive_tiles.fold_reference)
-    for blocks in ({}, {"block": 4, "neighbours": 2}, {"block": 16, "neighbours": 16}):
-        torch.testing.assert_close(folded(fold, **blocks), want)
+    for blocks in ({}, {"block": 4, "lines": 2}, {"block": 16, "lines": 16}, {"block": 8, "lines": 1}):
+        torch.testing.assert_close(folded(launch_fold, **blocks), want)
     want = weighed(contrastive_tiles.weigh_reference, torch.full_like(tile, torch.nan))
     for blocks in ({}, {"block_n": 2, "block_m": 4}, {"block_n": 8, "block_m": 1}):
-        torch.testing.assert_close(weighed(weigh, torch.full_like(tile, torch.nan), **blocks), want)
-    low = weighed(weigh, torch.full_like(tile, torch.nan, dtype=torch.float16))
+        torch.testing.assert_close(weighed(launch_weigh, torch.full_like(tile, torch.nan), **blocks), want)
+    low = weighed(launch_weigh, torch.full_like(tile, torch.nan, dtype=torch.float16))
     torch.testing.assert_close(low, want.half(), **TOLERANCES[torch.float16])
 
 
 def test_weigh_in_place(device):
     pytest.importorskip("triton")
-    from fastmat.kernels.contrastive import weigh
+    from fastmat.kernels.contrastive import launch_weigh
 
     tile = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)).to(device)
     arguments = torch.tensor(2.0, device=device), torch.rand(3, 5, device=device), torch.rand(3, 6, device=device)
     groups = torch.arange(5, device=device), torch.arange(6, device=device)
     apart = torch.empty_like(tile)
-    weigh(tile, apart, *arguments, *groups, False)
-    weigh(tile, tile, *arguments, *groups, False)
+    launch_weigh(tile, apart, *arguments, *groups, False)
+    launch_weigh(tile, tile, *arguments, *groups, False)
     assert torch.equal(tile, apart)
 
 

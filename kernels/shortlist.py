@@ -73,9 +73,7 @@ def column_kernel(
 
 
 def launch_group_keys(scores: Tensor, keys: Tensor, *, block_g: int = 128) -> None:
-    """Write keys [Q, ceil(N / GROUP)] of the groups of scores [Q, N] fp32; the index in a key is the group's."""
-    if not keys.numel():
-        return
+    """Write keys [Q, ceil(N / GROUP)] of the groups of scores [Q, N] fp32, not empty; a key's index is the group's."""
     group_kernel[(len(keys), triton.cdiv(keys.shape[1], block_g))](
         scores_ptr=scores,
         keys_ptr=keys,
@@ -96,8 +94,6 @@ def launch_column_keys(
 
     Column n of scores [Q, N] fp32 has index first_index + n in the shortlist's count.
     """
-    if not keys.numel():
-        return
     n_chosen = keys.shape[1] // GROUP
     column_kernel[(len(keys), triton.cdiv(n_chosen, block_g))](
         scores_ptr=scores,

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from fastmat.attacks.base import text_features
 from fastmat.models.protocol import ImageState, VisionLanguageModel
-from fastmat.ops import contrastive_rows, cosine_to_set
-from fastmat.ops.contrastive import contrastive_statistics
+from fastmat.ops import contrastive_rows, contrastive_statistics, cosine_to_set
 from fastmat.types import AttackContext, Batch
 
 Bound = Callable[[ImageState], Tensor]
@@ -47,7 +46,8 @@ class Contrastive:
         place = torch.arange(int(count.max()), device=count.device)
         own = order[(first[:, None] + place).clamp_max(len(order) - 1)]
         weight = (place < count[:, None]) / count[:, None].clamp_min(1)
-        texts = context.text_features[own].to(scale.dtype)
+        texts = context.text_features[own]
+        texts = texts.to(torch.promote_types(texts.dtype, torch.float32))
         others = contrastive_statistics(
             texts.flatten(0, 1),
             context.image_features,

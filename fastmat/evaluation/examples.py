@@ -16,6 +16,7 @@ from fastmat.evaluation.evaluate import Attacked, Gallery, encode_gallery, galle
 from fastmat.evaluation.metrics import Ranks
 from fastmat.evaluation.results import Example, RetrievedImage, RetrievedText, Setting
 from fastmat.models.protocol import VisionLanguageModel
+from fastmat.ops import topk_shortlist
 from fastmat.types import Batch
 
 TOP = 5
@@ -118,22 +119,21 @@ def magnified(clean: Tensor, adversarial: Tensor) -> tuple[Tensor, int]:
 
 def top_texts(gallery: Gallery, seen: Seen, image: int) -> list[RetrievedText]:
     """The captions that an image retrieves, best first."""
-    scores = gallery.text_features @ gallery.image_features[image]
+    found = best(gallery.image_features[image], gallery.text_features)
     group = gallery.image_group[image]
-    return [RetrievedText(text=seen.texts[t], correct=bool(gallery.text_group[t] == group)) for t in best(scores)]
+    return [RetrievedText(text=seen.texts[t], correct=bool(gallery.text_group[t] == group)) for t in found]
 
 
 def top_images(gallery: Gallery, seen: Seen, caption: int) -> list[RetrievedImage]:
     """The images that a caption retrieves, best first."""
-    scores = gallery.image_features @ gallery.text_features[caption]
+    found = best(gallery.text_features[caption], gallery.image_features)
     group = gallery.text_group[caption]
-    return [
-        RetrievedImage(png=png(seen.thumbnails[i]), correct=bool(gallery.image_group[i] == group)) for i in best(scores)
-    ]
+    return [RetrievedImage(png=png(seen.thumbnails[i]), correct=bool(gallery.image_group[i] == group)) for i in found]
 
 
-def best(scores: Tensor) -> list[int]:
-    return scores.topk(min(TOP, len(scores))).indices.tolist()
+def best(query: Tensor, gallery: Tensor) -> list[int]:
+    """The rows of gallery [G, E] nearest to a query [E]."""
+    return topk_shortlist(query[None], gallery, min(TOP, len(gallery)))[1][0].tolist()
 
 
 def thumbnails(images: Tensor) -> Tensor:

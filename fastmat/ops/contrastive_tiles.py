@@ -6,15 +6,18 @@ functions below. Both see raw products, in fp32 (fp64 for fp64) whatever the fea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
+from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmat.ops.backend import uses_triton
 
-# Height and width of a square problem's tiles. GPU: 20 MiB of fp32 logits stay in L2; CPU: 1 MiB stays in a core's.
-TILE = {"cuda": (2048, 2560), "cpu": (512, 512)}
+# Height and width of a square problem's tiles. GPU: 16 MiB of fp32 logits stay in L2, and 128 x 256 blocks of them are
+# one wave on 132 processors; CPU: 1 MiB stays in a core's L2.
+TILE = {"cuda": (2048, 2048), "cpu": (512, 512)}
 
 
 def fold_tiles(
@@ -33,16 +36,19 @@ def fold_tiles(
         scale.new_zeros(3, len(side)) for side in (rows, columns if column_side else columns[:0])
     )
     row_state[0], column_state[0] = -torch.inf, -torch.inf
-    for block, span, tile in _tiles(rows, columns, scale.dtype):
-        fold(
-            tile,
-            scale,
-            row_state[:, block],
-            column_state[:, span] if column_side else None,
-            row_group[block],
-            column_group[span],
-            negatives_only,
-        )
+    if not len(rows):
+        return row_state, column_state
+    height, width = _tile_shape(len(rows), len(columns), rows.device)
+    buffer = scale.new_empty(height * width)
+    # Views are made before the loop: on a GPU a tile takes tens of microseconds, and the host must keep ahead.
+    down = zip(rows.split(height), row_group.split(height), row_state.split(height, 1), strict=True)
+    states = _split(column_state if column_side else None, width, 1)
+    across = list(zip(columns.split(width), column_group.split(width), states, strict=False))
+    for own, own_group, own_state in down:
+        left = _operand(own)
+        for other, other_group, other_state in across:
+            tile = _products(left, _operand(other), buffer)
+            fold(tile, scale, own_state, other_state, own_group, other_group, negatives_only)
     return row_state, column_state
 
 
@@ -80,34 +86,47 @@ def weigh_tiles(
     column_state = None if column_state is None else _relative(column_state, peak)
     factor = factor * peak
     height, width = _tile_shape(n, m, rows.device)
-    low = scale.new_empty(height * width, dtype=rows.dtype) if _takes_halves(rows) else None
-    sums = scale.new_empty(height, d)
-    for block, span, tile in _tiles(rows, columns, scale.dtype):
-        weights = tile if low is None else low[: tile.numel()].view(tile.shape)
-        weigh(
-            tile,
-            weights,
-            scale,
-            row_state[:, block],
-            column_state[:, span] if column_state is not None else None,
-            row_group[block],
-            column_group[span],
-            negatives_only,
+    buffer, sums = scale.new_empty(height * width), scale.new_empty(height, d)
+    low = buffer if _operand(rows[:0]).dtype == buffer.dtype else torch.empty_like(buffer, dtype=rows.dtype)
+    down = zip(
+        rows.split(height),
+        row_group.split(height),
+        row_state.split(height, 1),
+        _split(row_values, height),
+        _split(None if column_values is None else row_sums, height),
+        strict=False,
+    )
+    across = list(
+        zip(
+            columns.split(width),
+            column_group.split(width),
+            _split(column_state, width, 1),
+            _split(column_values, width),
+            _split(None if row_values is None else column_sums, width),
+            strict=False,
         )
-        if row_values is not None:
-            _multiply_add(column_sums[span], weights.T, _operand(row_values[block]))
-        if column_values is not None:
-            total = sums[: len(tile)]
-            _multiply_add(total, weights, _operand(column_values[span]), keep=span.start > 0)
-            if span.stop >= m:
-                dot += (total * rows[block]).sum()
-                torch.mul(total, factor, out=row_sums[block])
+    )
+    for own, own_group, own_state, own_values, own_sums in down:
+        left = _operand(own)
+        values = None if own_values is None else _operand(own_values)
+        total = sums[: len(own)] if own_sums is None or own_sums.dtype != sums.dtype else own_sums
+        for j, (other, other_group, other_state, other_values, other_sums) in enumerate(across):
+            tile = _products(left, _operand(other), buffer)
+            weights = low.as_strided(tile.shape, tile.stride())
+            weigh(tile, weights, scale, own_state, other_state, own_group, other_group, negatives_only)
+            if values is not None:
+                _multiply_add(other_sums, weights.T, values)
+            if other_values is not None:
+                _multiply_add(total, weights, _operand(other_values), keep=j > 0)
+        if own_sums is not None:
+            dot += (total * own).sum()
+            torch.mul(total, factor, out=own_sums)
     return row_sums, column_sums.mul_(factor).to(dtype), dot * peak
 
 
 def peak_of(values: Tensor) -> Tensor:
-    """[] the largest magnitude, 1 where all are 0: relative to it, half precision neither overflows nor underflows."""
-    peak = values.abs().amax()
+    """[] the largest finite magnitude, 1 where all are 0: relative to it, halves neither overflow nor underflow."""
+    peak = values.abs().nan_to_num(nan=0.0, posinf=0.0).amax()
     return peak.masked_fill(peak == 0, 1.0)
 
 
@@ -125,20 +144,6 @@ def _epilogues(backend: str, rows: Tensor) -> tuple[Callable[..., None], Callabl
     return fold_reference, weigh_reference
 
 
-def _tiles(rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Row slice, column slice and raw products of one tile after the other, row by row, all in one buffer."""
-    n, m = len(rows), len(columns)
-    height, width = _tile_shape(n, m, rows.device)
-    buffer = rows.new_empty(height * width, dtype=dtype)
-    for i in range(0, n, height):
-        own = _operand(rows[i : i + height])
-        for j in range(0, m, width):
-            other = _operand(columns[j : j + width])
-            tile = buffer[: len(own) * len(other)].view(len(own), len(other))
-            _multiply_add(tile, own, other.T, keep=False)
-            yield slice(i, i + height), slice(j, j + width), tile
-
-
 def _tile_shape(n: int, m: int, device: torch.device) -> tuple[int, int]:
     """Height and width of the tiles of [n, m] logits: one area, whatever the shape of the problem."""
     height, width = TILE.get(device.type, TILE["cpu"])
@@ -148,14 +153,21 @@ def _tile_shape(n: int, m: int, device: torch.device) -> tuple[int, int]:
     return height, max(1, width - width % 64 or width)  # a multiple of 64 keeps half precision aligned
 
 
-def _takes_halves(features: Tensor) -> bool:
-    """Tensor cores sum products of halves in fp32 by themselves; a CPU must be given fp32."""
-    return features.device.type == "cuda" and features.dtype.itemsize == 2
+def _split(side: Tensor | None, size: int, dim: int = 0) -> Iterable[Any]:
+    """The blocks of a side, or None for each."""
+    return repeat(None) if side is None else side.split(size, dim)
 
 
 def _operand(features: Tensor) -> Tensor:
-    """A block as it enters a product."""
-    return features if _takes_halves(features) else features.to(torch.promote_types(features.dtype, torch.float32))
+    """A block as it enters a product: tensor cores sum products of halves in fp32, a CPU must be given fp32."""
+    return features if features.dtype.itemsize > 2 or features.is_cuda else features.float()
+
+
+def _products(rows: Tensor, columns: Tensor, buffer: Tensor) -> Tensor:
+    """rows @ columns.T, contiguous, at the beginning of `buffer`."""
+    tile = buffer.as_strided((len(rows), len(columns)), (len(columns), 1))
+    _multiply_add(tile, rows, columns.T, keep=False)
+    return tile
 
 
 def _multiply_add(out: Tensor, left: Tensor, right: Tensor, *, keep: bool = True) -> None:

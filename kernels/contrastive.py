@@ -59,8 +59,7 @@ def _fold_side(
         o_t = o_a[:, None].to(tl.int64) * stride_ta + o_b[None, :].to(tl.int64) * stride_tb
         b_t = tl.load(tile_ptr + o_t, mask=m_ab, other=0.0) * scale
         b_gb = tl.load(group_b_ptr + o_b, mask=m_b, other=0)
-        positive = m_ab & (b_ga[:, None] == b_gb[None, :])
-        b_match += tl.sum(tl.where(positive, b_t, 0.0), axis=1)
+        b_match += tl.sum(tl.where(b_ga[:, None] == b_gb[None, :], b_t, 0.0), axis=1)
         if NEGATIVES_ONLY:
             m_ab = m_ab & (b_ga[:, None] != b_gb[None, :])
         b_t = tl.where(m_ab, b_t, float("-inf"))
@@ -198,10 +197,10 @@ def launch_fold(
     """Fold a tile of raw products [n, m] into row_state [3, n] and column_state [3, m]: maximum, sum, match.
 
     scale [] on the device; groups [n], [m] int64. column_state None: rows only.
-    block: elements a program holds at once, of at least `lines` columns (8 fp32 fill a 32-byte sector) or at most as
-    many rows; fewer where there are few, so that a wide tile of few rows still fills the machine.
+    block: elements a program holds at once. lines: the most rows it has, and the fewest columns (8 fp32 are a sector).
     """
     n, m = tile.shape
+    # Fewer rows each where there are few: a wide tile still fills the machine.
     height = min(lines, triton.next_power_of_2(triton.cdiv(n, 128)))
     depth = min(block // lines, triton.next_power_of_2(n))
     width = min(block // depth, triton.next_power_of_2(m))

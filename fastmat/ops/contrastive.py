@@ -84,7 +84,7 @@ def contrastive_rows(
     rows [N, D], columns [M, D] unit features; row_group [N], column_group [M] int64, equal where positive; without
         groups row i matches column i. Dtypes, bytes and errors as `contrastive_loss`.
     soft_rows: [N, D] features of the same rows from a momentum model; their softmax over the columns, a constant, is
-        mixed into the target with weight `soft_weight` in [0, 1] (ALBEF, NeurIPS 2021, section 3.2; BLIP, ICML 2022).
+        mixed into the target with weight `soft_weight` in [0, 1] (ALBEF, NeurIPS 2021, section 3.3; BLIP, ICML 2022).
     queue: [Q, D] more columns, never copied: hand a [D, Q] buffer in as its transposed view. queue_group: [Q] int64; an
         id that no row has, such as -1, makes a pure negative (without groups the rows are 0 to N - 1).
     """
@@ -93,7 +93,7 @@ def contrastive_rows(
     )
     keys, key_groups = [columns], [column_group]
     if queue is not None and queue_group is not None:
-        _checked_pair(
+        _, queue_group = _checked_pair(
             ("rows", rows), ("queue", queue), logit_scale, ("row_group", row_group), ("queue_group", queue_group)
         )
         keys, key_groups = [columns, queue], [column_group, queue_group]
@@ -117,7 +117,7 @@ def contrastive_rows(
     lse = torch.stack([part.row_lse for part in hard]).logsumexp(0)
     matched = torch.stack([part.row_match for part in hard]).sum(0) / count.clamp_min(1)
     if soft_rows is not None and soft_weight:
-        soft = [_soft_mean(soft_rows, key, scale, backend) for key in keys]
+        soft = [_SoftMean.apply(*_alike(soft_rows.detach(), key, scale.detach()), backend or "") for key in keys]
         share = torch.stack([part_lse for _, part_lse in soft]).softmax(0).unsqueeze(2)
         mean = sum(weight * part for weight, (part, _) in zip(share, soft, strict=True))
         matched = soft_weight * scale * (rows * mean).sum(1) + (1 - soft_weight) * matched
@@ -142,7 +142,7 @@ def contrastive_statistics(
     negatives_only: the log-sum-exps leave positives out; -inf where nothing is left.
     column_side: False leaves the two column results empty, and saves their exponentials.
     """
-    _checked_pair(
+    row_group, column_group = _checked_pair(
         ("rows", rows), ("columns", columns), logit_scale, ("row_group", row_group), ("column_group", column_group)
     )
     scale = _as_scale(logit_scale, rows)
@@ -156,7 +156,7 @@ def _checked_pair(
     row_group: tuple[str, Tensor | None],
     column_group: tuple[str, Tensor | None],
 ) -> tuple[Tensor, Tensor]:
-    """The two groups of a valid (name, tensor) pair of features; without groups, row i and column i are one group."""
+    """The contiguous groups of a valid pair of named features; without groups, row i and column i are one group."""
     for name, features in (rows, columns):
         check_dtype(name, features, (*FLOATS, torch.float64))
         if features.dim() != 2:
@@ -192,11 +192,17 @@ def _checked_pair(
 
 
 def _as_scale(logit_scale: Tensor | float, rows: Tensor) -> Tensor:
-    """[] in the dtype of the logits, on the device; a number gets there without waiting for a GPU."""
+    """[] in at least fp32, on the device; a number gets there without waiting for a GPU."""
     dtype = torch.promote_types(rows.dtype, torch.float32)
     if isinstance(logit_scale, Tensor):
         return logit_scale.to(dtype).reshape(())
     return torch.full((), logit_scale, dtype=dtype, device=rows.device)
+
+
+def _alike(rows: Tensor, columns: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Features in the wider of their dtypes, the scale in the dtype of their logits."""
+    dtype = torch.promote_types(rows.dtype, columns.dtype)
+    return rows.to(dtype), columns.to(dtype), scale.to(torch.promote_types(dtype, torch.float32))
 
 
 def _statistics(
@@ -209,11 +215,8 @@ def _statistics(
     column_side: bool,
     backend: Backend | None,
 ) -> ContrastiveStatistics:
-    dtype = torch.promote_types(rows.dtype, columns.dtype)
-    rows, columns = rows.to(dtype), columns.to(dtype)
-    return ContrastiveStatistics(
-        *_fold(rows, columns, scale, row_group, column_group, negatives_only, column_side, backend or "")
-    )
+    features = _alike(rows, columns, scale)
+    return ContrastiveStatistics(*_fold(*features, row_group, column_group, negatives_only, column_side, backend or ""))
 
 
 class _SoftMean(torch.autograd.Function):
@@ -225,7 +228,7 @@ class _SoftMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, columns: Tensor, scale: Tensor, backend: str) -> tuple[Tensor, Tensor]:
         # No row and column share a group here.
-        groups = torch.zeros_like(rows[:, 0], dtype=torch.int64), torch.ones_like(columns[:, 0], dtype=torch.int64)
+        groups = [rows.new_full((len(side),), i, dtype=torch.int64) for i, side in enumerate((rows, columns))]
         lse, *_ = _fold(rows, columns, scale, *groups, False, False, backend)
         # The mean is the gradient of the log-sum-exp over the scale.
         state = torch.stack([lse, torch.ones_like(lse), torch.zeros_like(lse)])
@@ -245,11 +248,6 @@ class _SoftMean(torch.autograd.Function):
             rows, columns, scale, state, None, *groups, False, values, None, peak, columns.dtype, ctx.backend
         )
         return None, d_columns, None, None
-
-
-def _soft_mean(rows: Tensor, columns: Tensor, scale: Tensor, backend: Backend | None) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(rows.dtype, columns.dtype)
-    return _SoftMean.apply(rows.detach().to(dtype), columns.to(dtype), scale.detach(), backend or "")
 
 
 @torch.library.custom_op("fastmat::contrastive_positive_count", mutates_args=())

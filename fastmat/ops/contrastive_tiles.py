@@ -126,6 +126,8 @@ def weigh_tiles(
 
 def peak_of(values: Tensor) -> Tensor:
     """[] the largest finite magnitude, 1 where all are 0: relative to it, halves neither overflow nor underflow."""
+    if not values.numel():
+        return values.new_ones(())
     peak = values.abs().nan_to_num(nan=0.0, posinf=0.0).amax()
     return peak.masked_fill(peak == 0, 1.0)
 

@@ -103,10 +103,13 @@ def test_half_precision_sums_in_float32(dtype, backend, device):
         close(gradient, truth, dtype)
 
 
-def test_features_of_two_dtypes_meet_in_the_wider(backend, device):
-    rows, columns = unit(5, 4).to(device, torch.bfloat16), unit(5, 5).to(device, torch.float32)
-    got = contrastive_loss(rows, columns, 5.0, backend=backend)
-    assert torch.equal(got, contrastive_loss(rows.float(), columns, 5.0, backend=backend))
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, FLOAT64)])
+def test_features_of_two_dtypes_meet_in_the_wider(dtypes, backend, device):
+    narrow, wide = dtypes
+    rows, columns = unit(5, 4).to(device, narrow), unit(5, 5).to(device, wide)
+    soft = {"soft_rows": columns, "soft_weight": 0.5, "queue": columns, "queue_group": torch.arange(5, device=device)}
+    got = contrastive_rows(rows, columns, 5.0, **soft, backend=backend)
+    assert torch.equal(got, contrastive_rows(rows.to(wide), columns, 5.0, **soft, backend=backend))
 
 
 def test_diagonal_is_clip_loss(backend, device):
@@ -184,11 +187,18 @@ def test_any_strides(backend, device):
     rows, columns = unit(6, 33, 10).float().to(device)[::2, ::2], unit(5, 34, 10).float().to(device).T[:5].T
     ids = torch.arange(20, device=device) // 4
     strided = rows, columns, ids[:9:3], ids[::4]
+    plain = [part.contiguous() for part in strided]
     losses = [
-        contrastive_rows(a, b, 4.0, row_group=c, column_group=d, backend=backend)
-        for a, b, c, d in (strided, [part.contiguous() for part in strided])
+        contrastive_rows(a, b, 4.0, row_group=c, column_group=d, backend=backend) for a, b, c, d in (strided, plain)
     ]
     close(*losses, torch.float32)
+    found = [contrastive_statistics(a, b, 4.0, c, d, backend=backend) for a, b, c, d in (strided, plain)]
+    close(torch.cat(found[0]), torch.cat(found[1]), torch.float32)
+    queued = [
+        contrastive_rows(columns, columns, 4.0, queue=columns, queue_group=group, backend=backend)
+        for group in (ids[::4], ids[::4].contiguous())
+    ]
+    close(*queued, torch.float32)
 
 
 def test_tiny_upstream_gradients_keep_their_digits(backend, device):
@@ -230,7 +240,8 @@ def test_empty_rows(backend, device):
     assert gradients[0].shape == (0, 4) and torch.equal(gradients[1], torch.zeros_like(columns))
     found = contrastive_statistics(none, columns, 2.0, *ids, backend=backend)
     assert (found.column_lse == -torch.inf).all() and (found.column_match == 0).all()
-    assert contrastive_rows(none, none, 2.0, backend=backend).shape == (0,)
+    value = contrastive_rows(none, none, 2.0, soft_rows=none.detach(), soft_weight=0.5, backend=backend)
+    assert value.shape == (0,) and torch.autograd.grad(value.sum(), none)[0].shape == (0, 4)
 
 
 # Queue and soft targets

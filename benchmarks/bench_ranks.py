@@ -6,6 +6,7 @@ fastmat bench ops --only ranks
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmat.benchmarks.harness import Case, Implementation, Tensors, Work
-from fastmat.ops import retrieval_ranks
+from fastmat.ops.ranks import ranks_of_scores, retrieval_ranks
 from fastmat.ops.shortlist import topk_shortlist
 
 WIDTH, CAPTIONS = 256, 5  # ALBEF's
@@ -41,7 +42,10 @@ def cases(device: torch.device, short: bool) -> list[Case]:
         build=lambda: build_shortlist(images, k, device),
         memory=not short,
     )
-    return [ranks, shortlist]
+    given = replace(
+        ranks, operator="ranks_of_scores", memory=False, build=lambda: build_ranks(images, device, given=True)
+    )
+    return [ranks, given, shortlist]
 
 
 def test_ranks(benchmark: Callable[[Callable[[], Tensors]], Tensors], micro: Callable[[], Tensors]) -> None:
@@ -57,48 +61,51 @@ def features(images: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return queries, F.normalize(noise + 0.05 * queries.repeat_interleave(CAPTIONS, 0), dim=1)
 
 
-def build_ranks(images: int, device: torch.device) -> Work:
+def build_ranks(images: int, device: torch.device, *, given: bool = False) -> Work:
+    """given: the matrix of scores is an input, as it is for itm_eval, and its product is not timed."""
     queries, gallery = features(images, device)
     query_group = torch.arange(images, device=device)
     gallery_group = query_group.repeat_interleave(CAPTIONS)
 
+    matrix = queries @ gallery.T if given else None
+    own = torch.arange(images * CAPTIONS, device=device).view(images, CAPTIONS)
+
     def ours() -> Tensors:
+        if matrix is not None:
+            return (ranks_of_scores(matrix, query_group=query_group, gallery_group=gallery_group),)
         return (retrieval_ranks(queries, gallery, query_group=query_group, gallery_group=gallery_group),)
+
+    def scores() -> Tensor:
+        return queries @ gallery.T if matrix is None else matrix
 
     def argsort() -> Tensors:
         """RetrievalEval.py, itm_eval (Co-Attack, 96f2c0e, from ALBEF): each row is sorted whole, on the host."""
-        scores = (queries @ gallery.T).cpu().numpy()
-        ranks = np.zeros(len(scores))
-        for row, score in enumerate(scores):
+        ranks = np.zeros(images)
+        for row, score in enumerate(scores().cpu().numpy()):
             order = np.argsort(score)[::-1]
             ranks[row] = min(np.where(order == column)[0][0] for column in range(row * CAPTIONS, (row + 1) * CAPTIONS))
         return (torch.from_numpy(ranks).to(device),)
 
     def counted() -> Tensors:
         """The whole matrix, but comparisons instead of a sort."""
-        scores = queries @ gallery.T
-        own = torch.arange(images * CAPTIONS, device=device).view(images, CAPTIONS)
-        best = scores.gather(1, own).amax(1, keepdim=True)
-        return ((scores > best).sum(1),)
+        made = scores()
+        return ((made > made.gather(1, own).amax(1, keepdim=True)).sum(1),)
 
     def exact() -> Tensors:
-        wide = gallery.double()
-        found = []
-        for block, rows in zip(queries.double().split(512), query_group.split(512), strict=True):
-            scores = block @ wide.T
-            own = rows[:, None] * CAPTIONS + torch.arange(CAPTIONS, device=device)
-            found.append((scores > scores.gather(1, own).amax(1, keepdim=True)).sum(1))
+        wide, found = gallery.double(), []
+        for block, positives in zip(queries.double().split(512), own.split(512), strict=True):
+            made = block @ wide.T
+            found.append((made > made.gather(1, positives).amax(1, keepdim=True)).sum(1))
         return (torch.cat(found),)
 
-    return Work(
-        exact,
-        [
-            Implementation(name="fastmat", kind="fastmat", call=ours),
-            Implementation(name="argsort on the host", kind="published", call=argsort),
-            Implementation(name="whole matrix, counted", kind="tuned", call=counted),
-            Implementation(name="scores alone", kind="limit", call=lambda: (queries @ gallery.T,)),
-        ],
-    )
+    found = [
+        Implementation(name="fastmat", kind="fastmat", call=ours),
+        Implementation(name="argsort on the host", kind="published", call=argsort),
+        Implementation(name="whole matrix, counted", kind="tuned", call=counted),
+    ]
+    if not given:
+        found.append(Implementation(name="scores alone", kind="limit", call=lambda: (queries @ gallery.T,)))
+    return Work(exact, found)
 
 
 def build_shortlist(images: int, k: int, device: torch.device) -> Work:

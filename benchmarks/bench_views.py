@@ -30,7 +30,7 @@ def cases(device: torch.device, short: bool) -> list[Case]:
             name=f"{'antialias' if antialias else 'no antialias'} B={batch} {side}px",
             shape={"images": batch, "side": side, "views": 1 + len(SCALES), "antialias": antialias},
             dtype="float32",
-            tolerance=2e-5 if device.type == "cpu" else 2e-3,
+            tolerance=5e-5 if device.type == "cpu" else 2e-3,  # fp32 sampling weights alone are off by 2e-5
             build=partial(build, batch, side, antialias, device),
             repeatable=True,
         )
@@ -46,11 +46,12 @@ def test_views(benchmark: Callable[[Callable[[], Tensors]], Tensors], micro: Cal
 def build(batch: int, side: int, antialias: bool, device: torch.device) -> Work:
     generator = torch.Generator(device).manual_seed(0)
     shape = (batch, 3, side, side)
-    # Values stay clear of the box, except in two blocks far outside: no rounding decides what is clamped.
+    # Values stay clear of the box, but for two patches far outside it: hardly a pixel is so near the edge that rounding
+    # decides whether its gradient passes.
     x = (0.4 + 0.2 * torch.rand(shape, generator=generator, device=device)).requires_grad_()
     noise = STD * torch.randn(len(SCALES), *shape, generator=generator, device=device).clamp_(-2, 2)
-    noise[..., : side // 4, : side // 4] += 3.0
-    noise[..., side // 2 :, side // 2 :] -= 3.0
+    noise[:, 0, 0, : side // 8, : side // 8] += 3.0
+    noise[:, 1, 1, side // 2 : side // 2 + side // 8, : side // 8] -= 3.0
     upstream = torch.randn((1 + len(SCALES)) * batch, 3, side, side, generator=generator, device=device)
     index = torch.arange(batch, device=device)
     draws = iter(range(1 << 40))

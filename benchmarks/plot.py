@@ -60,13 +60,10 @@ def speed_axes(axes: Axes, runs: Sequence[Run]) -> None:
         top = place
         for row, ratio in opponents:
             axes.barh(place, ratio - 1, left=1, height=0.8, color=KINDS[row.kind])
-            axes.text(max(ratio, 1) * 1.04, place, f"{row.implementation}  {ratio:.3g}x", va="center", fontsize=7)
-            for target in TARGETS:
-                where = (target.device, target.operator, target.case)
-                if where == (row.device, row.operator, row.case) and row.implementation in target.opponents:
-                    bound = {"speed-up": target.bound, "time": 1 / target.bound}.get(target.quantity)
-                    if bound:
-                        axes.vlines(bound, place - 0.45, place + 0.45, color="#b3261e", linewidth=1.6)
+            bounds = bounds_for(row)
+            axes.vlines(bounds, place - 0.45, place + 0.45, color="#b3261e", linewidth=1.6)
+            right = max(ratio, 1, *bounds) * 1.04
+            axes.text(right, place, f"{row.implementation}  {ratio:.3g}x", va="center", fontsize=7)
             place += 1
         if opponents:
             ticks.append(((top + place - 1) / 2, f"{run[0].operator}\n{run[0].case}"))
@@ -82,6 +79,17 @@ def speed_axes(axes: Axes, runs: Sequence[Run]) -> None:
     kinds = [kind for kind in KINDS if any(row.kind == kind for run in runs for row in run) and kind != "fastmat"]
     handles = [axes.plot([], [], marker="s", linestyle="", color=KINDS[kind])[0] for kind in kinds]
     axes.legend(handles, kinds, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(kinds), fontsize=7.5)
+
+
+def bounds_for(row: Row) -> list[float]:
+    """Targets on the speed-up over this opponent."""
+    return [
+        target.bound if target.quantity == "speed-up" else 1 / target.bound
+        for target in TARGETS
+        if (target.device, target.operator, target.case) == (row.device, row.operator, row.case)
+        and target.quantity in ("speed-up", "time")
+        and row.implementation in target.opponents
+    ]
 
 
 def plain_ticks(axis: Axis) -> None:

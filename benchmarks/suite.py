@@ -74,7 +74,10 @@ def run_cases(
                     for one in measured
                 ],
             )
+            del measured  # its inputs, before the next case makes its own
             torch.compiler.reset()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
 
 
 def row_of(

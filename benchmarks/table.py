@@ -66,7 +66,8 @@ def target_cells(runs: Sequence[Run], target: Target) -> tuple[str, ...]:
     place = f"{target.operator} {target.case}"
     if figure is None:
         return target.device, place, target.asked(), "-", "-"
-    return target.device, place, target.asked(), number(figure), "yes" if target.met(figure) else "no"
+    missed = f"no: {target.limit}" if target.limit else "no"
+    return target.device, place, target.asked(), number(figure), "yes" if target.met(figure) else missed
 
 
 def for_terminal(runs: Sequence[Run]) -> str:

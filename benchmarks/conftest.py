@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fastmat.benchmarks.harness import Tensors
+from fastmat.benchmarks.harness import Case, Tensors
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -13,12 +13,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Names come from the tiny cases, which cost nothing to build."""
+    """Only tiny cases are built here; a full one is offered all names of its operator's, and skips those it lacks."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tiny = metafunc.module.cases(device, True)
     full = metafunc.module.cases(device, False) if metafunc.config.getoption("--full") else tiny
-    names = {case.operator: [one.name for one in case.build().implementations] for case in tiny}
-    chosen = [(case, name) for case in full for name in names[case.operator]]
+
+    def names(case: Case) -> list[str]:
+        known = [case] if full is tiny else [other for other in tiny if other.operator == case.operator]
+        return list(dict.fromkeys(one.name for other in known for one in other.build().implementations))
+
+    chosen = [(case, name) for case in full for name in names(case)]
     metafunc.parametrize("micro", chosen, ids=[f"{case.title}, {name}" for case, name in chosen], indirect=True)
 
 

@@ -151,8 +151,8 @@ def _tile_shape(n: int, m: int, device: torch.device) -> tuple[int, int]:
     height, width = TILE.get(device.type, TILE["cpu"])
     area = height * width
     height = max(1, min(n, max(height, area // max(1, m))))
-    width = min(m, area // height)
-    return height, max(1, width - width % 64 or width)  # a multiple of 64 keeps half precision aligned
+    width = area // height
+    return height, m if width >= m else width - width % 64 or width  # multiples of 64 keep half precision aligned
 
 
 def _split(side: Tensor | None, size: int, dim: int = 0) -> Iterable[Any]:

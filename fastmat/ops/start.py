@@ -135,7 +135,7 @@ def start_reference(
         if radius is None:
             radius = torch.tensor([float(first_unit(seed, i)) for i in index.tolist()], device=out.device)
         size = size * radius[:, None]
-        out.copy_(divided(out, torch.linalg.vector_norm(out, dim=1, keepdim=True, dtype=torch.float64)))
+        divided(out, torch.linalg.vector_norm(out, dim=1, keepdim=True, dtype=torch.float64), out)
     out.mul_(size).add_(x0.float().div_(255) if x0.dtype == torch.uint8 else x0).clamp_(low, high)
 
 

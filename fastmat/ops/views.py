@@ -24,6 +24,9 @@ from fastmat.ops.backend import Backend, uses_triton
 
 # Output rows per small product: enough to amortise a call, few enough that a band is mostly taps and not zeros.
 BAND = 32
+# Pixels that the reference resizes at a time: one plane of 224 x 224, dozens of 32 x 32, whose calls would cost more than
+# their products.
+PIXELS = 1 << 16
 
 
 class Axis(NamedTuple):
@@ -108,16 +111,17 @@ def small_sizes(x: Tensor, scales: Sequence[float]) -> list[tuple[int, int]]:
     return [(int(x.shape[-2] * scale), int(x.shape[-1] * scale)) for scale in scales]
 
 
-def resize_reference(plane: Tensor, axes: tuple[Axis, Axis], out: Tensor | None = None) -> Tensor:
-    """One plane [H, W] -> [h, w], columns first."""
+def resize_reference(planes: Tensor, axes: tuple[Axis, Axis], out: Tensor | None = None) -> Tensor:
+    """Planes [P, H, W] -> [P, h, w], columns first."""
     rows, columns = bands(axes[0]), bands(axes[1])
-    half = plane.new_empty(len(plane), columns[-1].target.stop)
+    half = planes.new_empty(*planes.shape[:2], columns[-1].target.stop)
     for band in columns:
-        torch.mm(plane[:, band.source], band.weight.T, out=half[:, band.target])
+        torch.mm(planes.flatten(0, 1)[:, band.source], band.weight.T, out=half.flatten(0, 1)[:, band.target])
     if out is None:
-        out = plane.new_empty(rows[-1].target.stop, half.shape[1])
+        out = planes.new_empty(len(planes), rows[-1].target.stop, half.shape[2])
     for band in rows:
-        torch.mm(band.weight, half[band.source], out=out[band.target])
+        weight = band.weight.expand(len(planes), *band.weight.shape)
+        torch.bmm(weight, half[:, band.source], out=out[:, band.target])
     return out
 
 
@@ -126,20 +130,26 @@ def view_reference(
 ) -> None:
     """x, noise, out [P, H, W], outside [P, h, w] bool, where the clamp cut or met a NaN. Fills `outside` and `out`.
 
-    Plane by plane, so that what lies between two products stays in the cache.
+    A few planes at a time, so that what lies between two products stays in the cache.
     """
-    for p, plane in enumerate(x):
-        small = resize_reference(plane if noise is None else plane + noise[p], view.down)
+    for some in few_planes(x):
+        small = resize_reference(x[some] if noise is None else x[some] + noise[some], view.down)
         clamped = small.clamp(*bounds)
-        torch.ne(small, clamped, out=outside[p])
-        resize_reference(clamped, view.up, out=out[p])
+        torch.ne(small, clamped, out=outside[some])
+        resize_reference(clamped, view.up, out=out[some])
 
 
 def view_backward_reference(grad: Tensor, outside: Tensor, view: View, out: Tensor) -> None:
     """Adds the gradient of one view's input to `out` [P, H, W]; `view` is transposed, shapes as in `view_reference`."""
-    for p, plane in enumerate(grad):
-        small = resize_reference(plane, view.up).masked_fill_(outside[p], 0.0)
-        out[p].add_(resize_reference(small, view.down))
+    for some in few_planes(grad):
+        small = resize_reference(grad[some], view.up).masked_fill_(outside[some], 0.0)
+        out[some].add_(resize_reference(small, view.down))
+
+
+def few_planes(planes: Tensor) -> Iterator[slice]:
+    """As many of [P, H, W] at a time as have about PIXELS pixels."""
+    size = max(1, PIXELS // max(1, planes[:1].numel()))
+    return (slice(start, start + size) for start in range(0, len(planes), size))
 
 
 def _view_triton(

@@ -24,8 +24,8 @@ from fastmat.ops.backend import Backend, uses_triton
 
 # Output rows per small product: enough to amortise a call, few enough that a band is mostly taps and not zeros.
 BAND = 32
-# Pixels that the reference resizes at a time: one plane of 224 x 224, dozens of 32 x 32, whose calls would cost more than
-# their products.
+# Pixels that the reference resizes at a time: one plane of 224 x 224, dozens of 32 x 32, whose calls would cost more
+# than their products.
 PIXELS = 1 << 16
 
 

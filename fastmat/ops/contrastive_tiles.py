@@ -41,9 +41,9 @@ def fold_tiles(
     height, width = _tile_shape(len(rows), len(columns), rows.device)
     buffer = scale.new_empty(height * width)
     # Views are made before the loop: on a GPU a tile takes tens of microseconds, and the host must keep ahead.
-    down = zip(rows.split(height), row_group.split(height), row_state.split(height, 1), strict=True)
+    down = zip(_split(rows, height), _split(row_group, height), _split(row_state, height, 1), strict=True)
     states = _split(column_state if column_side else None, width, 1)
-    across = list(zip(columns.split(width), column_group.split(width), states, strict=False))
+    across = list(zip(_split(columns, width), _split(column_group, width), states, strict=False))
     for own, own_group, own_state in down:
         left = _operand(own)
         for other, other_group, other_state in across:
@@ -80,26 +80,26 @@ def weigh_tiles(
     dot = torch.zeros_like(scale)
     if not n:
         return row_sums, column_sums.to(dtype), dot
-    given = [row_state] if column_state is None else [row_state, column_state]
-    peak = peak_of(torch.cat([state[1:].flatten() for state in given]))
+    peak = peak_of(row_state[1:] if column_state is None else torch.cat([row_state[1:], column_state[1:]], 1))
     row_state = _relative(row_state, peak)
     column_state = None if column_state is None else _relative(column_state, peak)
     factor = factor * peak
     height, width = _tile_shape(n, m, rows.device)
-    buffer, sums = scale.new_empty(height * width), scale.new_empty(height, d)
+    buffer = scale.new_empty(height * width)
     low = buffer if _operand(rows[:0]).dtype == buffer.dtype else torch.empty_like(buffer, dtype=rows.dtype)
+    sums = None if row_sums.dtype == buffer.dtype else scale.new_empty(height, d)
     down = zip(
-        rows.split(height),
-        row_group.split(height),
-        row_state.split(height, 1),
+        _split(rows, height),
+        _split(row_group, height),
+        _split(row_state, height, 1),
         _split(row_values, height),
         _split(None if column_values is None else row_sums, height),
         strict=False,
     )
     across = list(
         zip(
-            columns.split(width),
-            column_group.split(width),
+            _split(columns, width),
+            _split(column_group, width),
             _split(column_state, width, 1),
             _split(column_values, width),
             _split(None if row_values is None else column_sums, width),
@@ -109,7 +109,7 @@ def weigh_tiles(
     for own, own_group, own_state, own_values, own_sums in down:
         left = _operand(own)
         values = None if own_values is None else _operand(own_values)
-        total = sums[: len(own)] if own_sums is None or own_sums.dtype != sums.dtype else own_sums
+        total = own_sums if sums is None else sums[: len(own)]
         for j, (other, other_group, other_state, other_values, other_sums) in enumerate(across):
             tile = _products(left, _operand(other), buffer)
             weights = low.as_strided(tile.shape, tile.stride())
@@ -119,8 +119,10 @@ def weigh_tiles(
             if other_values is not None:
                 _multiply_add(total, weights, _operand(other_values), keep=j > 0)
         if own_sums is not None:
-            dot += (total * own).sum()
+            # Unlike (total * own).sum() it needs no memory, unless own is half precision.
+            dot += torch.dot(total.flatten(), own.to(total.dtype).flatten())
             torch.mul(total, factor, out=own_sums)
+    del buffer, low, sums, tile, weights, total  # a half-precision copy of column_sums may take their place
     return row_sums, column_sums.mul_(factor).to(dtype), dot * peak
 
 
@@ -157,7 +159,9 @@ def _tile_shape(n: int, m: int, device: torch.device) -> tuple[int, int]:
 
 def _split(side: Tensor | None, size: int, dim: int = 0) -> Iterable[Any]:
     """The blocks of a side, or None for each."""
-    return repeat(None) if side is None else side.split(size, dim)
+    if side is None:
+        return repeat(None)
+    return (side,) if side.shape[dim] <= size else side.split(size, dim)
 
 
 def _operand(features: Tensor) -> Tensor:

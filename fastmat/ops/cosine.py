@@ -39,8 +39,9 @@ def _cosine_to_set(
 ) -> tuple[Tensor, Tensor]:
     images = len(image_features)
     # Only where reading a value does not wait for a GPU.
-    if txt2img.device.type == "cpu" and not ((txt2img >= 0) & (txt2img < images)).all():
-        raise UserError(f"txt2img must be in [0, {images}), the rows of image_features, got {txt2img.tolist()}")
+    if txt2img.device.type == "cpu" and not (inside := (txt2img >= 0) & (txt2img < images)).all():
+        wrong = int(txt2img[~inside][0])
+        raise UserError(f"txt2img must be in [0, {images}), the rows of image_features, got {wrong}")
     if not uses_triton(backend, image_features.device):
         return cosine_to_set_reference(image_features, text_features, txt2img)
     from fastmat.kernels.cosine import launch_cosine_to_set

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastmat.errors import UserError
-from fastmat.ops.arguments import check_ids
+from fastmat.ops.arguments import check_dtype, check_shape
 from fastmat.ops.backend import Backend, uses_triton
 
 CHUNK = 1 << 12  # counters, of eight values each: the reference's working set stays in the cache of one core
@@ -22,7 +23,7 @@ def uniform_noise(seed: int, index: Tensor, shape: Sequence[int], *, backend: Ba
     seed: any integer, taken modulo 2^64. index: [B] int64, the samples' positions in their set; the result is on its
         device, bit-identical on all.
     Philox-4x64-10 (Salmon et al., SC 2011; NumPy's `Philox`), 23 bits per value. Writes 4 bytes per element.
-    Raises ValueError when `index` is not one-dimensional int64, or a side of `shape` is negative.
+    Raises ValueError when `seed` is no whole number, `index` not one-dimensional int64, or a side of `shape` negative.
     """
     return _noise(seed, index, shape, False, backend)
 
@@ -33,15 +34,18 @@ def normal_noise(seed: int, index: Tensor, shape: Sequence[int], *, backend: Bac
 
 
 def _noise(seed: int, index: Tensor, shape: Sequence[int], normal: bool, backend: Backend | None) -> Tensor:
-    check_ids("index", index, index.numel(), "one position per image")
-    if any(side < 0 for side in shape):
-        raise UserError(f"shape must have no negative side, got {tuple(shape)}")
+    check_dtype("index", index, (torch.int64,))
+    check_shape("index", index, (index.numel(),), "one position per image")
+    if not isinstance(shape, (tuple, list)) or any(side < 0 for side in shape):
+        raise UserError(f"shape must be the sides of one image, none of them negative, got {shape!r}")
     return noise_op(index, math.prod(shape), signed(seed), normal, backend or "").view(len(index), *shape)
 
 
 def signed(seed: int) -> int:
     """The same 64 bits as a signed integer, which operator schemas hold."""
-    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
+    if not isinstance(seed, Integral):
+        raise UserError(f"seed must be a whole number, got {seed!r}")
+    return (int(seed) + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 @torch.library.custom_op("fastmat::noise", mutates_args=())

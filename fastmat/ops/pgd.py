@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from fastmat.errors import UserError
-from fastmat.ops.arguments import FLOATS, check_bounds, check_device, check_dtype, check_shape, check_values, per_image
+from fastmat.ops.arguments import (
+    FLOATS,
+    check_bounds,
+    check_device,
+    check_dtype,
+    check_number,
+    check_radius,
+    check_shape,
+    check_values,
+    per_image,
+)
 from fastmat.ops.backend import Backend, uses_triton
 from fastmat.types import Norm
 
@@ -74,8 +84,10 @@ def momentum_step(
     """
     if rule not in ("mi", "fare"):
         raise UserError(f"rule must be 'mi' or 'fare', got {rule!r}")
+    check_dtype("velocity", velocity, (torch.float32,))
+    check_number("decay", decay)
     if not 0 <= decay < math.inf:
-        raise UserError(f"decay must not be negative and finite, got {decay}")
+        raise UserError(f"decay must be at least 0 and finite, got {decay}")
     return _update(x, grad, x0, eps, step_size, norm, bounds, out, backend, velocity=velocity, decay=decay, rule=rule)
 
 
@@ -99,6 +111,8 @@ def apgd_step(
     projection and clamp. previous [B, ...] fp32 is the iterate before x and becomes x, in place. The first step of APGD
     has inertia 1. Bytes on a GPU per element: 24 (Linf), 52 (L2). Everything else as in `pgd_step`.
     """
+    check_dtype("previous", previous, (torch.float32,))
+    check_number("inertia", inertia)
     if not 0 <= inertia <= 1:
         raise UserError(f"inertia must lie in [0, 1], got {inertia}")
     return _update(x, grad, x0, eps, step_size, norm, bounds, out, backend, previous=previous, inertia=inertia)
@@ -144,10 +158,9 @@ def _update(
     check_dtype("x", x, (torch.float32,))
     check_dtype("grad", grad, FLOATS)
     check_dtype("x0", x0, (torch.float32, torch.uint8))
+    if out is not None:
+        check_dtype("out", out, (torch.float32,))
     written = {"out": out, "velocity": velocity, "previous": previous}
-    for name, tensor in written.items():
-        if tensor is not None:
-            check_dtype(name, tensor, (torch.float32,))
     for name, tensor in {"grad": grad, "x0": x0, **written}.items():
         if tensor is not None:
             check_shape(name, tensor, x.shape, "of x")
@@ -159,6 +172,7 @@ def _update(
     check_bounds(bounds)
     low, high = map(float, bounds)
     eps_each, eps = per_image("eps", eps, x, positive=positive_eps)
+    check_radius(eps, norm, bounds)
     step_each, step_size = per_image("step_size", step_size, x, positive=False)
     out = torch.empty(x.shape, device=x.device) if out is None else out
     pgd_update(

@@ -9,6 +9,8 @@ The operator has no gradient.
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -42,11 +44,11 @@ def topk_shortlist(
     [[1, 2], [1, 0]]
     """
     check_features(queries, gallery, FLOATS)
-    if not (isinstance(k, int) and 1 <= k <= len(gallery)):
-        raise UserError(f"k must be a whole number from 1 to the {len(gallery)} rows of the gallery, got {k}")
+    if not (isinstance(k, Integral) and 1 <= k <= len(gallery)):
+        raise UserError(f"k must be a whole number from 1 to the {len(gallery)} rows of the gallery, got {k!r}")
     if len(gallery) > INDICES:
         raise UserError(f"gallery must have fewer than 2^31 rows, got {len(gallery)}")
-    return _topk_shortlist(queries.detach(), gallery.detach(), k, backend or "")
+    return _topk_shortlist(queries.detach(), gallery.detach(), int(k), backend or "")
 
 
 @torch.library.custom_op("fastmat::topk_shortlist", mutates_args=())

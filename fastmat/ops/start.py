@@ -13,6 +13,7 @@ from fastmat.ops.arguments import (
     check_device,
     check_dtype,
     check_ids,
+    check_radius,
     check_shape,
     check_values,
     per_image,
@@ -55,8 +56,8 @@ def random_start(
     check_bounds(bounds)
     if x0.dim() == 0:
         raise UserError("x0 must have a first dimension of images, got a number")
-    check_device(x0.device, index=index, draw=draw, radius=radius)
     eps_each, eps_number = per_image("eps", eps, x0, positive=False)
+    check_radius(eps_number, norm, bounds)
     if index is None:
         index = torch.arange(len(x0), device=x0.device)
     check_ids("index", index, len(x0), "one per image")
@@ -66,6 +67,7 @@ def random_start(
     if radius is not None:
         check_dtype("radius", radius, (torch.float32,))
         check_shape("radius", radius, x0.shape[:1], "one per image")
+    check_device(x0.device, index=index, draw=draw, radius=radius)
     low, high = map(float, bounds)
     return start_op(x0, index, draw, radius, eps_each, eps_number, norm, low, high, signed(seed or 0), backend or "")
 

@@ -266,6 +266,8 @@ def scale_views(
     check_dtype("x", x, (torch.float32, torch.float64))
     if x.dim() != 4:
         raise UserError(f"x must be [B, C, H, W], got shape {tuple(x.shape)}")
+    if isinstance(scales, (float, int)):
+        raise UserError(f"scales must be a sequence of factors, got {scales}")
     for scale in scales:
         check_positive("scales", scale)
     for scale, small in zip(scales, small_sizes(x, scales), strict=True):

@@ -298,7 +298,7 @@ def test_bad_input() -> None:
     fails("step_size must be at least 0", pgd_step, x, grad, x0, step_size=torch.tensor([0.1, -0.1]))
     fails("bounds must be", pgd_step, x, grad, x0, bounds=(1.0, 0.0))
     fails("rule must be 'mi' or 'fare'", momentum_step, x, state, grad, x0, decay=0.9, rule="nesterov")
-    fails("decay must not be negative", momentum_step, x, state, grad, x0, decay=-0.1)
+    fails("decay must be at least 0", momentum_step, x, state, grad, x0, decay=-0.1)
     fails("inertia must lie in", apgd_step, x, state, grad, x0, inertia=1.5)
     with pytest.raises(ValueError, match="eps must be at least 0 and finite"):
         project(x, x0, eps=-1.0)

@@ -17,6 +17,8 @@ from fastmat.benchmarks.targets import TARGETS
 from fastmat.report.plots import COLOURS, STYLE
 
 KINDS = {"published": COLOURS[0], "tuned": COLOURS[1], "fused": COLOURS[4], "fastmat": COLOURS[3]}
+TARGET = "#b3261e"
+MEMORY_HEIGHT = 4.0  # inches
 OWN_STYLE = {**STYLE, "svg.fonttype": "path", "axes.grid.axis": "x"}
 
 
@@ -40,28 +42,33 @@ def draw(runs: Sequence[Run]) -> Figure:
     }
     bars = sum(len(run) for run in runs)
     with_memory = len(memory) > 1
-    figure = Figure(figsize=(11.5 if with_memory else 7.5, max(2.4, 0.9 + 0.2 * bars)), layout="constrained")
+    height = max(2.4, 0.9 + 0.2 * bars)
+    figure = Figure(figsize=(11.5 if with_memory else 7.5, height), layout="constrained")
     grid = figure.add_gridspec(
-        2, 2 if with_memory else 1, height_ratios=(1, 0.6), width_ratios=(1.5, 1) if with_memory else (1,)
+        2,
+        2 if with_memory else 1,
+        height_ratios=(MEMORY_HEIGHT, max(0.01, height - MEMORY_HEIGHT)),
+        width_ratios=(1.5, 1) if with_memory else (1,),
     )
     speed_axes(figure.add_subplot(grid[:, 0]), runs)
     if with_memory:
         memory_axes(figure.add_subplot(grid[0, 1]), list(memory.values()))
-    figure.suptitle(
-        f"{runs[0][0].machine}, {runs[0][0].threads} thread(s), torch {runs[0][0].versions['torch']}", fontsize=9
-    )
+    first = runs[0][0]
+    threads = "1 thread" if first.threads == 1 else f"{first.threads} threads"
+    figure.suptitle(f"{first.machine}, {threads}, torch {first.versions['torch']}", fontsize=9)
     return figure
 
 
 def speed_axes(axes: Axes, runs: Sequence[Run]) -> None:
-    place, ticks = 0.0, []
+    place, ticks, targets = 0.0, [], False
     for run in runs:
         opponents = [(row, ratio) for row in run if (ratio := speed_up(row, run)) is not None]
         top = place
         for row, ratio in opponents:
             axes.barh(place, ratio - 1, left=1, height=0.8, color=KINDS[row.kind])
             bounds = bounds_for(row)
-            axes.vlines(bounds, place - 0.45, place + 0.45, color="#b3261e", linewidth=1.6)
+            targets = targets or bool(bounds)
+            axes.vlines(bounds, place - 0.45, place + 0.45, color=TARGET, linewidth=1.6)
             right = max(ratio, 1, *bounds) * 1.04
             axes.text(right, place, f"{row.implementation}  {ratio:.3g}x", va="center", fontsize=7)
             place += 1
@@ -69,15 +76,18 @@ def speed_axes(axes: Axes, runs: Sequence[Run]) -> None:
             ticks.append(((top + place - 1) / 2, f"{run[0].operator}\n{run[0].case}"))
             place += 0.7
     axes.set_yticks([where for where, _ in ticks], [label for _, label in ticks], fontsize=7.5)
-    axes.set(xscale="log", xlabel="times the speed of the opponent (red: target)")
+    axes.set(xscale="log", xlabel="how many times the speed of the opponent fastmat has")
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, 0.5), high * 3)
     plain_ticks(axes.xaxis)
     axes.axvline(1, color="#2b3138", linewidth=0.8)
-    axes.invert_yaxis()
+    axes.set_ylim(place - 0.7, -1)  # downwards
     axes.tick_params(length=0)
     kinds = [kind for kind in KINDS if any(row.kind == kind for run in runs for row in run) and kind != "fastmat"]
     handles = [axes.plot([], [], marker="s", linestyle="", color=KINDS[kind])[0] for kind in kinds]
+    if targets:
+        handles += axes.plot([], [], marker="|", markersize=9, markeredgewidth=1.6, linestyle="", color=TARGET)
+        kinds.append("target")
     axes.legend(handles, kinds, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(kinds), fontsize=7.5)
 
 

@@ -61,13 +61,13 @@ def read_rows(path: Path) -> list[Row]:
     """Raises UserError naming file, line and field where a row is malformed. No file: no rows."""
     if not path.exists():
         return []
-    return [parse(line, f"{path}, line {i}") for i, line in enumerate(path.read_text("utf-8").splitlines(), 1)]
+    return [parse(line, f"{path}, line {i}") for i, line in enumerate(path.read_bytes().splitlines(), 1)]
 
 
-def parse(line: str, place: str) -> Row:
+def parse(line: bytes, place: str) -> Row:
     try:
         found = json.loads(line)
-    except json.JSONDecodeError:
+    except ValueError:  # no JSON, or no UTF-8
         raise UserError(f"{place} is not JSON; remove the line, or restore the file") from None
     if not isinstance(found, dict) or found.keys() != FIELDS.keys():
         wrong = sorted(found.keys() ^ FIELDS.keys()) if isinstance(found, dict) else [type(found).__name__]

@@ -18,7 +18,7 @@ from fastmat.benchmarks.memory import peak_in_child
 from fastmat.benchmarks.rows import Row, append_rows
 
 # Each is fastmat/benchmarks/bench_NAME.py.
-BENCHES = ("pgd", "contrastive", "cosine", "ranks", "views")
+BENCHES = ("pgd", "start", "contrastive", "cosine", "ranks", "views")
 LIBRARIES = ("torch", "triton", "torchvision", "open_clip_torch", "numpy", "memeff", "inf_cl")
 HERE = Path(__file__).resolve().parent
 
@@ -56,7 +56,7 @@ def run_cases(
             except QualityError as error:
                 yield error
                 continue
-            now = datetime.now(UTC).isoformat(timespec="seconds")
+            now = datetime.now(UTC).isoformat(timespec="milliseconds")
             append_rows(
                 rows_file,
                 [

@@ -38,9 +38,9 @@ def cells(row: Row, run: Run) -> tuple[str, ...]:
         number(row.p50),
         f"{number(row.p20)} to {number(row.p80)}",
         "" if ratio is None else f"{number(ratio)}x",
-        "" if row.moved is None else f"{row.moved / row.p50 / 1e6:.0f}",
+        "" if row.moved is None else number(row.moved / row.p50 / 1e6),
         "" if row.peak is None else f"{row.peak / 1e6:.0f}",
-        "" if row.error is None else f"{row.error:.0e}",
+        "" if row.error is None else f"{row.error:.0e}" if row.error else "0",
     )
 
 
@@ -100,8 +100,8 @@ def page(rows: Sequence[Row], plots: Sequence[str]) -> str:
         "# Operators: speed and memory",
         "Written by `fastmat bench ops` from [rows.jsonl](rows.jsonl), the newest run of every case; do not edit. "
         "Milliseconds are medians of one call; opponents ran in turn in the same process. A result was held to the "
-        'exact one before any figure (error: largest difference over the largest entry). "fastmat is 3x": its median '
-        "is a third. GB/s: bytes that must move over the median. Peak MB: above the inputs, results and gradients "
+        "exact one before any figure (error: largest difference over the largest entry). Speed 3x: fastmat's median is "
+        "a third. GB/s: bytes that must move over the median. Peak MB: above the inputs, results and gradients "
         "included. A limit computes something else. A dash: not measured.",
         "## Targets",
         markdown(goals),

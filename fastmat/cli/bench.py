@@ -55,13 +55,14 @@ def run(arguments: argparse.Namespace) -> None:
     rows_file = out / "rows.jsonl"
     before = len(read_rows(rows_file))  # a damaged file is found before an hour of work
     out.mkdir(parents=True, exist_ok=True)
+    rows_file.touch()  # and so is a folder that takes no files
     torch.set_num_threads(arguments.threads)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, for everybody
     refused: list[QualityError] = []
     try:
         for error in run_cases(
-            arguments.only,
+            tuple(dict.fromkeys(arguments.only)),
             device,
             short=arguments.short,
             rows_file=rows_file,
@@ -92,6 +93,6 @@ def command_of(arguments: argparse.Namespace) -> str:
     """The command that gives these rows again, without paths of this machine."""
     words = ["fastmat", "bench", arguments.suite, "--device", arguments.device]
     if tuple(arguments.only) != BENCHES:
-        words += ["--only", *arguments.only]
+        words += ["--only", *dict.fromkeys(arguments.only)]
     words += ["--threads", str(arguments.threads)] + ["--short"] * arguments.short
     return " ".join(words)

@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from fastmat.benchmarks import harness, passes, suite, table
+from fastmat.benchmarks import bench_start, harness, passes, suite, table
 from fastmat.benchmarks.harness import Case, Implementation, QualityError, Work, can_compile, largest_error, measure
 from fastmat.benchmarks.memory import peak_in_child, peak_memory
 
@@ -96,7 +96,7 @@ def test_peak_memory_in_a_child() -> None:
     assert peak is None or 0 <= peak < 2**24
 
 
-@pytest.mark.parametrize("module", [harness, passes, table])
+@pytest.mark.parametrize("module", [bench_start, harness, passes, table])
 def test_examples_in_docstrings_run(module: ModuleType) -> None:
     result = doctest.testmod(module, extraglobs={"torch": torch})
     assert result.attempted

@@ -75,9 +75,9 @@ def test_malformed_rows_are_refused(tmp_path: Path, changes: dict[str, object], 
         read_rows(path)
 
 
-@pytest.mark.parametrize("line", ["{", "[]", "7", "{}"])
-def test_lines_that_are_no_rows(tmp_path: Path, line: str) -> None:
-    (tmp_path / "rows.jsonl").write_text(line + "\n")
+@pytest.mark.parametrize("line", [b"{", b"[]", b"7", b"{}", b"", b"\xff\xfe"])
+def test_lines_that_are_no_rows(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(line + b"\n")
     with pytest.raises(UserError, match="line 1"):
         read_rows(tmp_path / "rows.jsonl")
 
@@ -92,7 +92,8 @@ def test_ratios_are_taken_within_a_run() -> None:
     text = for_terminal(newest_runs([ROW, OTHER]))
     assert "3.50x" in text
     assert "at least 3 times the speed of torchattacks  3.50      yes" in text
-    assert "32 " in text  # GB/s
+    assert "32.0 " in text  # GB/s
+    assert text.splitlines()[1].endswith(" 0"), "an exact result"
 
 
 def test_the_page_says_a_dash_where_nothing_was_measured() -> None:

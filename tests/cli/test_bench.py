@@ -91,6 +91,31 @@ def test_a_refused_case_has_no_row_and_the_others_go_on(fastmat: Fastmat, tmp_pa
     assert error.splitlines()[-1].startswith("fastmat: 1 of the cases gave a wrong result and have no row: op wrong")
 
 
+def test_a_bench_named_twice_runs_once(fastmat: Fastmat, tmp_path: Path, cases: list[Case]) -> None:
+    cases.append(case("n", fastmat=right))
+    words = ("bench", "ops", "--short", "--device", "cpu", "--out", tmp_path, "--only", "pgd", "pgd")
+    assert fastmat(*words)[0] == 0
+    (row,) = read_rows(tmp_path / "rows.jsonl")
+    assert row.command == "fastmat bench ops --device cpu --only pgd --threads 1 --short"
+    # A second run right away is another run: the table shows it alone.
+    assert fastmat(*words)[1].count("op n") == 1
+    assert (tmp_path / "README.md").read_text().count("| op n |") == 1
+
+
+def test_a_folder_that_takes_no_files_is_found_before_anything_is_measured(
+    fastmat: Fastmat, tmp_path: Path, cases: list[Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "touch", refuse)  # the user of a container may write everywhere
+    cases.append(case("n", fastmat=right))
+    code, out, error = fastmat("bench", "ops", "--short", "--device", "cpu", "--only", "pgd", "--out", tmp_path)
+    rows = tmp_path / "rows.jsonl"
+    assert (code, out) == (2, "")
+    assert error == f"fastmat: {rows}: Permission denied; check the path and its permissions\n"
+
+
 def test_an_interrupt_keeps_what_was_measured(fastmat: Fastmat, tmp_path: Path, cases: list[Case]) -> None:
     def interrupt() -> tuple[torch.Tensor, ...]:
         raise KeyboardInterrupt

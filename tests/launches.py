@@ -79,6 +79,14 @@ def contrastive() -> Iterator[Callable[[], object]]:
                 .backward()
             )
         )
+    from fastmat.kernels.contrastive import launch_weigh  # the operator writes halves on a GPU only
+
+    tile, row_state, column_state = torch.rand(4, 4), torch.rand(3, 4), torch.rand(3, 4)
+    for dtype, columns, negatives_only in itertools.product(HALF[1:], (column_state, None), (True, False)):
+        out = torch.empty(4, 4, dtype=dtype)
+        yield lambda out=out, arguments=(row_state, columns, ids, ids, negatives_only): launch_weigh(
+            tile, out, torch.tensor(10.0), *arguments
+        )
 
 
 def cosine() -> Iterator[Callable[[], object]]:

@@ -6,8 +6,9 @@ functions below. Both see raw products, in fp32 (fp64 for fp64) whatever the fea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from itertools import repeat
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from itertools import count, repeat
 from typing import Any
 
 import torch
@@ -85,34 +86,39 @@ def weigh_tiles(
     column_state = None if column_state is None else _relative(column_state, peak)
     factor = factor * peak
     height, width = _tile_shape(n, m, rows.device)
-    buffer = scale.new_empty(height * width)
-    low = buffer if _operand(rows[:0]).dtype == buffer.dtype else torch.empty_like(buffer, dtype=rows.dtype)
-    sums = None if row_sums.dtype == buffer.dtype else scale.new_empty(height, d)
+    low = None if _operand(rows[:0]).dtype == scale.dtype else rows.new_empty(height * width)
+    sums = None if row_sums.dtype == scale.dtype else scale.new_empty(height, d)
     down = zip(
         _split(rows, height),
         _split(row_group, height),
         _split(row_state, height, 1),
         _split(row_values, height),
         _split(None if column_values is None else row_sums, height),
+        _buffers(row_sums, scale, height, width),
         strict=False,
     )
-    across = list(
-        zip(
-            _split(columns, width),
-            _split(column_group, width),
-            _split(column_state, width, 1),
-            _split(column_values, width),
-            _split(None if row_values is None else column_sums, width),
-            strict=False,
+
+    @cache
+    def across(width: int) -> list[tuple[Any, ...]]:
+        return list(
+            zip(
+                _split(columns, width),
+                _split(column_group, width),
+                _split(column_state, width, 1),
+                _split(column_values, width),
+                _split(None if row_values is None else column_sums, width),
+                strict=False,
+            )
         )
-    )
-    for own, own_group, own_state, own_values, own_sums in down:
+
+    for own, own_group, own_state, own_values, own_sums, buffer in down:
         left = _operand(own)
         values = None if own_values is None else _operand(own_values)
         total = own_sums if sums is None else sums[: len(own)]
-        for j, (other, other_group, other_state, other_values, other_sums) in enumerate(across):
+        blocks = across(_width(len(buffer) // height, m))
+        for j, (other, other_group, other_state, other_values, other_sums) in enumerate(blocks):
             tile = _products(left, _operand(other), buffer)
-            weights = low.as_strided(tile.shape, tile.stride())
+            weights = tile if low is None else low.as_strided(tile.shape, tile.stride())
             weigh(tile, weights, scale, own_state, other_state, own_group, other_group, negatives_only)
             if values is not None:
                 _multiply_add(other_sums, weights.T, values)
@@ -122,7 +128,7 @@ def weigh_tiles(
             # Unlike (total * own).sum() it needs no memory, unless own is half precision.
             dot += torch.dot(total.flatten(), own.to(total.dtype).flatten())
             torch.mul(total, factor, out=own_sums)
-    del buffer, low, sums, tile, weights, total  # a half-precision copy of column_sums may take their place
+    del down, buffer, low, sums, tile, weights, total  # a half-precision copy of column_sums may take their place
     return row_sums, column_sums.mul_(factor).to(dtype), dot * peak
 
 
@@ -153,8 +159,28 @@ def _tile_shape(n: int, m: int, device: torch.device) -> tuple[int, int]:
     height, width = TILE.get(device.type, TILE["cpu"])
     area = height * width
     height = max(1, min(n, max(height, area // max(1, m))))
-    width = area // height
-    return height, m if width >= m else width - width % 64 or width  # multiples of 64 keep half precision aligned
+    return height, _width(area // height, m)
+
+
+def _width(most: int, m: int) -> int:
+    """Of tiles of m columns where `most` fit: multiples of 64 keep half precision aligned."""
+    return m if most >= m else most - most % 64 or most
+
+
+def _buffers(row_sums: Tensor, scale: Tensor, height: int, width: int) -> Iterator[Tensor]:
+    """Flat memory for the tiles of each block of rows: height * width elements, or fewer.
+
+    Where the gradients are only a few tiles large, a tile goes where `row_sums` is not written yet, below its block.
+    The last blocks have too little below them: they share an eighth of `row_sums`, for narrower tiles.
+    """
+    area = height * width
+    if row_sums.dtype != scale.dtype or height >= len(row_sums) or not area < row_sums.numel() < 8 * area:
+        yield from repeat(scale.new_empty(area))
+    # At least a quarter of a tile: each tile is four launches.
+    shared = scale.new_empty(max(height * -(-width // 4), row_sums.numel() // 8))
+    for start in count(height, height):
+        below = row_sums[start:].flatten()[:area]
+        yield below if len(below) > len(shared) else shared
 
 
 def _split(side: Tensor | None, size: int, dim: int = 0) -> Iterable[Any]:

@@ -1,6 +1,7 @@
 """Contrastive operators: kernels against the reference, the reference against dense float64 formulas and gradcheck."""
 
 import math
+from itertools import accumulate
 
 import pytest
 import torch
@@ -8,12 +9,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops.tolerances import TOLERANCES
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmat.ops import contrastive_loss, contrastive_rows, contrastive_statistics, contrastive_tiles
 
 FLOAT64 = torch.float64
-SHAPES = [(1, 1, 1), (1, 9, 5), (9, 1, 5), (7, 13, 3), (8, 5, 33)]  # tiles of 4 x 6, with remainders and without
+# Tiles of 4 x 6, with remainders and without; those of (13, 9, 5) lie in the memory of its gradient.
+SHAPES = [(1, 1, 1), (1, 9, 5), (9, 1, 5), (7, 13, 3), (8, 5, 33), (13, 9, 5)]
 
 
 @pytest.fixture
@@ -345,6 +348,29 @@ def test_no_tensor_is_as_large_as_the_logits():
         )
     height, width = contrastive_tiles.TILE["cpu"]
     assert largest.numel <= height * width < 1500 * 1300 / 4
+
+
+@pytest.mark.parametrize(("dim", "tiles"), [(64, 1.0), (128, 0.25), (256, 0.5), (512, 1.0)])
+def test_the_backward_holds_its_results_and_a_part_of_a_tile(dim, tiles, monkeypatch):
+    """128 here is 512 for 16384 features and tiles of 2048 x 2048: their areas are in one proportion."""
+    weighed = []
+
+    def weigh(tile, out, *rest):  # like the kernel it takes no memory
+        weighed.append(tile)
+        out.zero_()
+
+    monkeypatch.setattr(contrastive_tiles, "weigh_reference", weigh)
+    n, (height, width) = 4096, contrastive_tiles.TILE["cpu"]
+    rows, scale, state, ids = torch.rand(n, dim), torch.tensor(5.0), torch.rand(3, n), torch.arange(n)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        contrastive_tiles.weigh_tiles(
+            rows, rows, scale, state, state, ids, ids, False, rows, rows, scale, torch.float32, "reference"
+        )
+    events = [event for event in run.profiler.kineto_results.events() if event.name() == "[memory]"]
+    peak = max(accumulate(event.nbytes() for event in events))
+    vectors = 16 * 4 * n
+    assert 2 * rows.nbytes < peak <= 2 * rows.nbytes + tiles * 4 * height * width + vectors
+    assert len(weighed) <= 2 * (n // height) * (n // width)
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])

@@ -50,7 +50,7 @@ def signed(seed: int) -> int:
 
 @torch.library.custom_op("fastmat::noise", mutates_args=())
 def noise_op(index: Tensor, n: int, seed: int, normal: bool, backend: str) -> Tensor:
-    out = torch.empty(len(index), n, device=index.device)
+    out = torch.empty(len(index), n, dtype=torch.float32, device=index.device)
     if uses_triton(backend, index.device):
         from fastmat.kernels.noise import launch_noise
 

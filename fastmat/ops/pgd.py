@@ -174,7 +174,7 @@ def _update(
     eps_each, eps = per_image("eps", eps, x, positive=positive_eps)
     check_radius(eps, norm, bounds)
     step_each, step_size = per_image("step_size", step_size, x, positive=False)
-    out = torch.empty(x.shape, device=x.device) if out is None else out
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device) if out is None else out
     pgd_update(
         out, velocity, previous, x, grad, x0, eps_each, step_each, eps, step_size, norm, low, high,
         float(decay), rule, float(inertia), backend or "",

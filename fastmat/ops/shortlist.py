@@ -54,7 +54,7 @@ def topk_shortlist(
 @torch.library.custom_op("fastmat::topk_shortlist", mutates_args=())
 def _topk_shortlist(queries: Tensor, gallery: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
     merge = _merge if uses_triton(backend or None, queries.device) else merge_reference
-    scores = torch.empty(len(queries), k, device=queries.device)
+    scores = torch.empty(len(queries), k, dtype=torch.float32, device=queries.device)
     indices = torch.empty_like(scores, dtype=torch.int64)
     for rows, columns, tile in score_tiles(queries, gallery, COLUMNS):
         if columns.start == 0:

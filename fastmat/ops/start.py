@@ -87,7 +87,7 @@ def start_op(
     backend: str,
 ) -> Tensor:
     check_values("eps", eps_each, positive=False)
-    out = torch.empty(x0.shape, device=x0.device)
+    out = torch.empty(x0.shape, dtype=torch.float32, device=x0.device)
     flat = out.view(len(x0), -1) if out.numel() else out.view(len(x0), 0)
     clean = x0.contiguous().view(flat.shape)
     settings: dict[str, Any] = {
@@ -111,7 +111,7 @@ def start_op(
 
 @start_op.register_fake
 def _(x0: Tensor, *_: object) -> Tensor:
-    return torch.empty(x0.shape, device=x0.device)
+    return torch.empty(x0.shape, dtype=torch.float32, device=x0.device)
 
 
 def start_reference(
@@ -135,7 +135,7 @@ def start_reference(
     size = eps[:, None] if isinstance(eps, Tensor) else eps
     if norm == "l2":
         if radius is None:
-            radius = torch.tensor([float(first_unit(seed, i)) for i in index.tolist()], device=out.device)
+            radius = out.new_tensor([float(first_unit(seed, i)) for i in index.tolist()])
         size = size * radius[:, None]
         divided(out, torch.linalg.vector_norm(out, dim=1, keepdim=True, dtype=torch.float64), out)
     out.mul_(size).add_(x0.float().div_(255) if x0.dtype == torch.uint8 else x0).clamp_(low, high)

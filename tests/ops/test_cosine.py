@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from ops.tolerances import TOLERANCES
 from torch import Tensor
 
 from fastmat.errors import UserError
+from fastmat.ops import cosine as module
 from fastmat.ops import cosine_to_set
 
 # Images, captions, features, and each caption's image.
@@ -77,6 +79,22 @@ def test_first_and_second_gradients(backend: str, device: torch.device) -> None:
     assert torch.autograd.gradgradcheck(value, (image, text))
 
 
+def test_a_penalty_on_the_gradient_beside_the_value(backend: str, device: torch.device) -> None:
+    """The seed then receives from the value and from the gradient at once."""
+    image = features(3, 4, 0, torch.float64, device).requires_grad_()
+    text = features(5, 4, 1, torch.float64, device).requires_grad_()
+    txt2img = torch.tensor([0, 0, 2, 2, 0], device=device)
+    own = F.one_hot(txt2img, 3).double()
+
+    def penalised(value: Tensor) -> tuple[Tensor, ...]:
+        (slope,) = torch.autograd.grad(value.square().sum(), image, create_graph=True)
+        return torch.autograd.grad(value.sum() + slope.pow(3).sum(), (image, text))
+
+    got = penalised(cosine_to_set(image, text, txt2img, backend=backend))
+    for ours, plain in zip(got, penalised(((image @ text.T) * own.T).sum(1)), strict=True):
+        torch.testing.assert_close(ours, plain, **TOLERANCES[torch.float64])
+
+
 @pytest.mark.parametrize(("images", "texts", "width"), [(0, 0, 4), (3, 0, 4), (2, 3, 0)])
 def test_empty(images: int, texts: int, width: int, backend: str, device: torch.device) -> None:
     image = torch.ones(images, width, device=device, requires_grad=True)
@@ -126,6 +144,20 @@ def test_kernel_in_any_block_size_leaves_out_foreign_ids(block_t: int, block_e: 
     want = torch.stack([text[1] + text[5], torch.zeros_like(text[0]), text[0] + text[3]])
     torch.testing.assert_close(seed, want, **TOLERANCES[torch.float32])
     torch.testing.assert_close(value, (image * want).sum(1), **TOLERANCES[torch.float32])
+
+
+def test_a_caption_of_no_image_counts_nowhere(device: torch.device) -> None:
+    """Where ids are not looked at, on a GPU: in the reference and in the backward, which both backends share."""
+    image, text = features(3, 11, 0, torch.float32, device), features(7, 11, 1, torch.float32, device)
+    own = torch.tensor([2, 0, -1, 2, 9, 0, 3], device=device)
+    want = torch.stack([text[1] + text[5], torch.zeros_like(text[0]), text[0] + text[3]])
+    value, seed = module.cosine_to_set_reference(image, text, own)
+    torch.testing.assert_close(seed, want, **TOLERANCES[torch.float32])
+    torch.testing.assert_close(value, (image * want).sum(1), **TOLERANCES[torch.float32])
+    context = SimpleNamespace(saved_tensors=(image, own, seed), needs_input_grad=(True, True), text_dtype=torch.float32)
+    _, of_text, _, _ = module._backward(context, torch.ones(3, device=device), None)
+    assert of_text is not None
+    assert of_text.any(1).tolist() == [True, True, False, True, False, True, False]
 
 
 def test_a_caption_that_is_not_finite_spoils_its_own_image_only(backend: str, device: torch.device) -> None:

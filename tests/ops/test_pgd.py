@@ -1,4 +1,6 @@
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastmat.ops import apgd_step, momentum_step, pgd_step, project
+from fastmat.ops import pgd as module
 from fastmat.ops.pgd import blocks, pgd_update
 
 SHAPES = [(1, 1), (1, 3, 1, 1), (2, 3, 5, 7), (3, 4095), (2, 4097), (0, 3, 4, 4), (2, 3, 0, 4)]
@@ -218,6 +221,74 @@ def test_lengths_neither_overflow_nor_vanish(factor, backend, device) -> None:
     torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
     still = pgd_step(t["x"], t["grad"] * 0, t["x0"], **options)
     torch.testing.assert_close(still, project(t["x"], t["x0"], eps=0.5, norm="l2"), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["pgd", "mi", "fare"])
+@pytest.mark.parametrize("value", [1e-33, 3.2e38, math.nan])
+def test_a_length_of_no_use_still_projects(value, kind, backend, device) -> None:
+    """Below 1e-30, above what fp32 holds, or NaN: no step, but an image outside the ball comes back into it."""
+    x0 = torch.full((2, 3, 5, 7), 0.5, device=device)
+    x, state = x0 + inputs(x0.shape, device)["x"] - 0.5, torch.zeros_like(x0)
+    got = step(kind, x, state, torch.full_like(x0, value), x0, eps=0.3, step_size=0.2, norm="l2", backend=backend)
+    assert (x - x0).flatten(1).norm(dim=1).min() > 1
+    torch.testing.assert_close(got, project(x, x0, eps=0.3, norm="l2"), atol=1e-6, rtol=0)
+    assert not state.any()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_backends_agree_in_a_box_without_zero_and_from_outside_it(kind, norm, device) -> None:
+    results = []
+    for backend in ("reference", "triton"):
+        t = inputs((2, 3, 5, 7), device)
+        options = {"eps": 0.1, "step_size": STEP[norm], "norm": norm, "bounds": (0.3, 0.6), "backend": backend}
+        results.append((step(kind, **t, **options), t["state"]))
+    for reference, kernel in zip(*results, strict=True):
+        torch.testing.assert_close(kernel, reference, atol=1e-6, rtol=1e-6)
+
+
+def test_where_nobody_checks_a_negative_or_nan_size_counts_as_zero(device) -> None:
+    """On a GPU the values of tensors are not looked at."""
+    kernels = pytest.importorskip("fastmat.kernels.pgd")
+    x, grad, x0 = (inputs((3, 105), device)[name] for name in ("x", "grad", "x0"))
+    bad, good = torch.tensor([-0.1, math.nan, 0.1], device=device), torch.tensor([0.0, 0.0, 0.1], device=device)
+    for sizes in ({"eps": bad, "step_size": 0.1}, {"eps": 0.1, "step_size": bad}):
+        out, want = torch.full_like(x, math.nan), torch.empty_like(x)
+        kernels.launch_pgd_update(out, x, grad, x0, norm="linf", low=0.0, high=1.0, **sizes)
+        sizes = {name: good if value is bad else value for name, value in sizes.items()}
+        kernels.launch_pgd_update(want, x, grad, x0, norm="linf", low=0.0, high=1.0, **sizes)
+        assert torch.equal(out, want)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reference_gives_the_same_in_blocks_of_any_size(kind, norm, monkeypatch) -> None:
+    """Also where an image is more than a block: lengths and means are of whole images."""
+    results = []
+    for chunk in (module.CHUNK, 16, 250):
+        monkeypatch.setattr(module, "CHUNK", chunk)
+        t = inputs((3, 3, 5, 7))
+        each = torch.tensor([0.5, 1.0, 2.0])
+        sizes = {"eps": each * EPS[norm], "step_size": each * STEP[norm]}
+        results.append((step(kind, **t, **sizes, norm=norm, backend="reference"), t["state"]))
+    for other in results[1:]:
+        for got, want in zip(other, results[0], strict=True):
+            torch.testing.assert_close(got, want, atol=1e-7, rtol=1e-6)
+
+
+def test_the_two_loops_of_the_readme_give_the_same_images() -> None:
+    section = (Path(__file__).parents[2] / "README.md").read_text().split("## The operators alone")[1]
+    made: list[dict] = []
+    for code in re.findall(r"^```python\n(.*?)^```", section, flags=re.DOTALL | re.MULTILINE)[:2]:
+        names: dict = {}
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            exec(code, names)
+        made.append(names)
+    plain, fused = made
+    assert "pgd_step" in fused and "pgd_step" not in plain
+    assert torch.equal(plain["x0"], fused["x0"]) and not torch.equal(plain["x"], plain["x0"])
+    torch.testing.assert_close(fused["x"], plain["x"], atol=1e-6, rtol=0)
 
 
 def test_projection_of_zero_radius_and_open_box(backend) -> None:

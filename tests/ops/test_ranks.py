@@ -126,6 +126,25 @@ def test_kernel_is_equal_in_any_block(block_k: int, block_n: int, device) -> Non
     assert got.tolist() == brute_force(table, query_group, gallery_group)
 
 
+@pytest.mark.parametrize("block_k", [1, 2, 4])
+def test_positives_that_tie_in_several_blocks_are_all_its_own(block_k: int, device) -> None:
+    pytest.importorskip("triton")
+    from fastmat.kernels.ranks import launch_ranks
+
+    table, gallery_group = torch.ones(2, 17), torch.tensor([0] * 8 + [1] * 9)
+    table[1, 12:] = 2.0
+    positives = [t.to(device) for t in module._positives(torch.tensor([0, 1]), gallery_group)]
+    got = torch.full((2,), -99, device=device)
+    launch_ranks(table.to(device), *positives, got, block_k=block_k)
+    assert got.tolist() == [4, 0] == brute_force(table, torch.tensor([0, 1]), gallery_group)
+
+
+def test_float64_scores_are_compared_as_such(backend, device) -> None:
+    table = torch.tensor([[1.0, 1.0 + 1e-12, 1.0 + 1e-12, 1.0 - 1e-12]], dtype=torch.float64, device=device)
+    ids = {"query_group": torch.tensor([0], device=device), "gallery_group": torch.arange(4, device=device)}
+    assert ranks_of_scores(table, **ids, backend=backend).tolist() == [2]
+
+
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**31), q=st.integers(1, 6), g=st.integers(1, 24), kinds=st.integers(1, 8))
 def test_properties(seed: int, q: int, g: int, kinds: int) -> None:

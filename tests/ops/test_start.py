@@ -73,6 +73,14 @@ def test_given_draws_take_the_place_of_the_seed(backend, device) -> None:
     torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("factor", [1e30, 1e-25])
+def test_the_length_of_given_draws_neither_overflows_nor_vanishes(factor, backend, device) -> None:
+    x0, draw = images().to(device), images().to(device) - 0.5
+    options = {"eps": 0.5, "norm": "l2", "radius": torch.ones(3, device=device), "backend": backend}
+    want = random_start(x0, draw=draw, **options)
+    torch.testing.assert_close(random_start(x0, draw=draw * factor, **options), want, atol=1e-6, rtol=0)
+
+
 def test_radius_is_uniform() -> None:
     n = 4000
     x = random_start(torch.zeros(n, 8), eps=1.0, norm="l2", bounds=(-9, 9), seed=0)

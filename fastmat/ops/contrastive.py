@@ -114,8 +114,10 @@ def contrastive_rows(
         _statistics(rows, key, scale, row_group, group, False, False, backend)
         for key, group in zip(keys, key_groups, strict=True)
     ]
-    lse = torch.stack([part.row_lse for part in hard]).logsumexp(0)
-    matched = torch.stack([part.row_match for part in hard]).sum(0) / count.clamp_min(1)
+    lse, matched = hard[0].row_lse, hard[0].row_match
+    for part in hard[1:]:
+        lse, matched = torch.logaddexp(lse, part.row_lse), matched + part.row_match
+    matched = matched / count.clamp_min(1)
     if soft_rows is not None and soft_weight:
         soft = [_SoftMean.apply(*_alike(soft_rows.detach(), key, scale.detach()), backend or "") for key in keys]
         share = torch.stack([part_lse for _, part_lse in soft]).softmax(0).unsqueeze(2)

@@ -23,6 +23,7 @@ add to one sum and the result is the same in every run; weigh runs one program o
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -207,26 +208,28 @@ def launch_fold(
     row_programs = triton.cdiv(n, height)
     column_programs = 0 if column_state is None else triton.cdiv(m, width)
     columns = row_state if column_state is None else column_state
-    fold_kernel[(row_programs + column_programs,)](
-        tile_ptr=tile,
-        scale_ptr=scale,
-        row_ptr=row_state,
-        column_ptr=columns,
-        row_group_ptr=row_group,
-        column_group_ptr=column_group,
-        n=n,
-        m=m,
-        stride_tn=tile.stride(0),
-        stride_tm=tile.stride(1),
-        stride_r=row_state.stride(0),
-        stride_c=columns.stride(0),
-        row_programs=row_programs,
-        NEGATIVES_ONLY=negatives_only,
-        ROW_BLOCK_N=height,
-        ROW_BLOCK_M=min(block // height, triton.next_power_of_2(m)),
-        COLUMN_BLOCK_N=depth,
-        COLUMN_BLOCK_M=width,
-    )
+    with torch.cuda.device_of(tile):
+        fold_kernel[(row_programs + column_programs,)](
+            tile_ptr=tile,
+            scale_ptr=scale,
+            row_ptr=row_state,
+            column_ptr=columns,
+            row_group_ptr=row_group,
+            column_group_ptr=column_group,
+            n=n,
+            m=m,
+            stride_tn=tile.stride(0),
+            stride_tm=tile.stride(1),
+            stride_r=row_state.stride(0),
+            stride_c=columns.stride(0),
+            row_programs=row_programs,
+            NEGATIVES_ONLY=negatives_only,
+            ROW_BLOCK_N=height,
+            ROW_BLOCK_M=min(block // height, triton.next_power_of_2(m)),
+            COLUMN_BLOCK_N=depth,
+            COLUMN_BLOCK_M=width,
+            enable_fp_fusion=True,
+        )
 
 
 def launch_weigh(
@@ -248,25 +251,27 @@ def launch_weigh(
     """
     n, m = tile.shape
     columns = row_state if column_state is None else column_state
-    weigh_kernel[(triton.cdiv(n, block_n), triton.cdiv(m, block_m))](
-        tile_ptr=tile,
-        out_ptr=out,
-        scale_ptr=scale,
-        row_ptr=row_state,
-        column_ptr=columns,
-        row_group_ptr=row_group,
-        column_group_ptr=column_group,
-        n=n,
-        m=m,
-        stride_tn=tile.stride(0),
-        stride_tm=tile.stride(1),
-        stride_on=out.stride(0),
-        stride_om=out.stride(1),
-        stride_r=row_state.stride(0),
-        stride_c=columns.stride(0),
-        COLUMNS=column_state is not None,
-        NEGATIVES_ONLY=negatives_only,
-        BLOCK_N=block_n,
-        BLOCK_M=block_m,
-        num_warps=8,
-    )
+    with torch.cuda.device_of(tile):
+        weigh_kernel[(triton.cdiv(n, block_n), triton.cdiv(m, block_m))](
+            tile_ptr=tile,
+            out_ptr=out,
+            scale_ptr=scale,
+            row_ptr=row_state,
+            column_ptr=columns,
+            row_group_ptr=row_group,
+            column_group_ptr=column_group,
+            n=n,
+            m=m,
+            stride_tn=tile.stride(0),
+            stride_tm=tile.stride(1),
+            stride_on=out.stride(0),
+            stride_om=out.stride(1),
+            stride_r=row_state.stride(0),
+            stride_c=columns.stride(0),
+            COLUMNS=column_state is not None,
+            NEGATIVES_ONLY=negatives_only,
+            BLOCK_N=block_n,
+            BLOCK_M=block_m,
+            num_warps=8,
+            enable_fp_fusion=True,
+        )

@@ -44,14 +44,14 @@ def _cosine_to_set_kernel(
             m_t = tl.load(txt2img_ptr + o_t, mask=o_t < n_texts, other=-1) == i_b
             if tl.sum(m_t.to(tl.int32)) > 0:
                 b_text = tl.load(
-                    text_ptr + o_t.to(tl.int64)[:, None] * stride_tt + o_e[None, :] * stride_te,
+                    text_ptr + o_t.to(tl.int64)[:, None] * stride_tt + o_e.to(tl.int64)[None, :] * stride_te,
                     mask=m_t[:, None] & m_e[None, :],
                     other=0.0,
                 )
                 b_seed += tl.sum(b_text.to(dtype), 0)
             i_t += BLOCK_T
         tl.store(seed_ptr + i_b * n_features + o_e, b_seed, mask=m_e)
-        b_image = tl.load(image_ptr + i_b * stride_ib + o_e * stride_ie, mask=m_e, other=0.0)
+        b_image = tl.load(image_ptr + i_b * stride_ib + o_e.to(tl.int64) * stride_ie, mask=m_e, other=0.0)
         b_value += b_image.to(dtype) * b_seed
         i_e += BLOCK_E
     tl.store(value_ptr + i_b, tl.sum(b_value, 0))
@@ -73,18 +73,20 @@ def launch_cosine_to_set(
     """
     if len(image) == 0:
         return
-    _cosine_to_set_kernel[(len(image),)](
-        image_ptr=image,
-        text_ptr=text,
-        txt2img_ptr=txt2img,
-        value_ptr=value,
-        seed_ptr=seed,
-        n_texts=len(text),
-        n_features=image.shape[1],
-        stride_ib=image.stride(0),
-        stride_ie=image.stride(1),
-        stride_tt=text.stride(0),
-        stride_te=text.stride(1),
-        BLOCK_T=block_t,
-        BLOCK_E=block_e,
-    )
+    with torch.cuda.device_of(image):
+        _cosine_to_set_kernel[(len(image),)](
+            image_ptr=image,
+            text_ptr=text,
+            txt2img_ptr=txt2img,
+            value_ptr=value,
+            seed_ptr=seed,
+            n_texts=len(text),
+            n_features=image.shape[1],
+            stride_ib=image.stride(0),
+            stride_ie=image.stride(1),
+            stride_tt=text.stride(0),
+            stride_te=text.stride(1),
+            BLOCK_T=block_t,
+            BLOCK_E=block_e,
+            enable_fp_fusion=True,
+        )

@@ -62,14 +62,16 @@ def launch_noise(out: torch.Tensor, index: torch.Tensor, seed: int, *, normal: b
         return
     eighth = triton.cdiv(out.shape[1], 8)
     n_blocks = triton.cdiv(eighth, block)
-    noise_kernel[(len(out) * n_blocks,)](
-        out_ptr=out,
-        index_ptr=index,
-        seed=seed,
-        n=out.shape[1],
-        eighth=eighth,
-        n_blocks=n_blocks,
-        NORMAL=normal,
-        BLOCK=block,
-        num_warps=4,
-    )
+    with torch.cuda.device_of(out):
+        noise_kernel[(len(out) * n_blocks,)](
+            out_ptr=out,
+            index_ptr=index,
+            seed=seed,
+            n=out.shape[1],
+            eighth=eighth,
+            n_blocks=n_blocks,
+            NORMAL=normal,
+            BLOCK=block,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )

@@ -18,7 +18,8 @@ Passes over one image tensor of 4 bytes per element (a half gradient or a byte x
     fare     6: x g x0 v | x v         11
     APGD     6: x g x0 p | x p         13
 Lengths are summed in fp64, block by block and then in the order of the blocks: deterministic, and large or tiny
-gradients neither overflow nor vanish. Everything else is fp32.
+gradients neither overflow nor vanish. Everything else is fp32, and no multiplication is fused with an addition: an
+attack in Linf takes the same steps on a GPU and on a CPU.
 Launch: one program per image and BLOCK elements, flat grid; nothing waits for the host.
 """
 
@@ -233,56 +234,57 @@ def launch_pgd_update(
     sums = torch.empty(5 if l2 else 1, images * n_blocks, dtype=torch.float64, device=out.device)
     first, lengths, last = sums[0], sums[1:4], sums[-1]  # unused ones are never read
     each = {"EPS_EACH": isinstance(eps, torch.Tensor), "STEP_EACH": isinstance(step_size, torch.Tensor)}
-    common = {"n": n, "n_blocks": n_blocks, "BLOCK": block, "num_warps": 8}
+    common = {"n": n, "n_blocks": n_blocks, "BLOCK": block, "num_warps": 8, "enable_fp_fusion": False}
     parts = triton.next_power_of_2(n_blocks)
-    if rule == "mi" or (rule and l2):
-        gradient_length_kernel[grid](grad_ptr=grad, first_ptr=first, RULE=code, **common)
-    if l2:
-        step_length_kernel[grid](
+    step = {"eps": eps, "step_size": step_size, "low": low, "high": high, "inertia": inertia, "rest": 1 - inertia}
+    with torch.cuda.device_of(out):
+        if rule == "mi" or (rule and l2):
+            gradient_length_kernel[grid](grad_ptr=grad, first_ptr=first, RULE=code, **common)
+        if l2:
+            step_length_kernel[grid](
+                x_ptr=x,
+                grad_ptr=grad,
+                x0_ptr=x0,
+                velocity_ptr=out if velocity is None else velocity,
+                first_ptr=first,
+                lengths_ptr=lengths,
+                decay=decay,
+                RULE=code,
+                BYTE=byte,
+                PARTS=parts,
+                **common,
+            )
+        if l2 and previous is not None:
+            blend_length_kernel[grid](
+                x_ptr=x,
+                grad_ptr=grad,
+                x0_ptr=x0,
+                previous_ptr=previous,
+                lengths_ptr=lengths,
+                last_ptr=last,
+                BYTE=byte,
+                PARTS=parts,
+                **step,
+                **each,
+                **common,
+            )
+        pgd_update_kernel[grid](
+            out_ptr=out,
             x_ptr=x,
             grad_ptr=grad,
             x0_ptr=x0,
             velocity_ptr=out if velocity is None else velocity,
+            previous_ptr=out if previous is None else previous,
             first_ptr=first,
             lengths_ptr=lengths,
-            decay=decay,
-            RULE=code,
-            BYTE=byte,
-            PARTS=parts,
-            **common,
-        )
-    step = {"eps": eps, "step_size": step_size, "low": low, "high": high, "inertia": inertia, "rest": 1 - inertia}
-    if l2 and previous is not None:
-        blend_length_kernel[grid](
-            x_ptr=x,
-            grad_ptr=grad,
-            x0_ptr=x0,
-            previous_ptr=previous,
-            lengths_ptr=lengths,
             last_ptr=last,
+            decay=decay,
+            L2=l2,
+            RULE=code,
+            APGD=previous is not None,
             BYTE=byte,
             PARTS=parts,
             **step,
             **each,
             **common,
         )
-    pgd_update_kernel[grid](
-        out_ptr=out,
-        x_ptr=x,
-        grad_ptr=grad,
-        x0_ptr=x0,
-        velocity_ptr=out if velocity is None else velocity,
-        previous_ptr=out if previous is None else previous,
-        first_ptr=first,
-        lengths_ptr=lengths,
-        last_ptr=last,
-        decay=decay,
-        L2=l2,
-        RULE=code,
-        APGD=previous is not None,
-        BYTE=byte,
-        PARTS=parts,
-        **step,
-        **each,
-        **common,
-    )

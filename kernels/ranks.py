@@ -84,17 +84,19 @@ def launch_ranks(
     """
     if not len(scores):
         return
-    rank_kernel[(len(scores),)](
-        scores_ptr=scores,
-        order_ptr=order,
-        first_ptr=first,
-        count_ptr=count,
-        ranks_ptr=ranks,
-        n_columns=scores.shape[1],
-        stride_sm=scores.stride(0),
-        stride_sn=scores.stride(1),
-        DTYPE=tl.float64 if scores.dtype == torch.float64 else tl.float32,
-        BLOCK_K=block_k,
-        BLOCK_N=block_n,
-        num_warps=8,
-    )
+    with torch.cuda.device_of(scores):
+        rank_kernel[(len(scores),)](
+            scores_ptr=scores,
+            order_ptr=order,
+            first_ptr=first,
+            count_ptr=count,
+            ranks_ptr=ranks,
+            n_columns=scores.shape[1],
+            stride_sm=scores.stride(0),
+            stride_sn=scores.stride(1),
+            DTYPE=tl.float64 if scores.dtype == torch.float64 else tl.float32,
+            BLOCK_K=block_k,
+            BLOCK_N=block_n,
+            num_warps=8,
+            enable_fp_fusion=False,
+        )

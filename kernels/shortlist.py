@@ -12,6 +12,7 @@ Launch: one program per row and BLOCK_G groups.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -74,17 +75,19 @@ def column_kernel(
 
 def launch_group_keys(scores: Tensor, keys: Tensor, *, block_g: int = 128) -> None:
     """Write keys [Q, ceil(N / GROUP)] of the groups of scores [Q, N] fp32, not empty; a key's index is the group's."""
-    group_kernel[(len(keys), triton.cdiv(keys.shape[1], block_g))](
-        scores_ptr=scores,
-        keys_ptr=keys,
-        n_columns=scores.shape[1],
-        n_groups=keys.shape[1],
-        stride_sm=scores.stride(0),
-        stride_km=keys.stride(0),
-        GROUP=GROUP,
-        BLOCK_G=block_g,
-        num_warps=4,
-    )
+    with torch.cuda.device_of(scores):
+        group_kernel[(len(keys), triton.cdiv(keys.shape[1], block_g))](
+            scores_ptr=scores,
+            keys_ptr=keys,
+            n_columns=scores.shape[1],
+            n_groups=keys.shape[1],
+            stride_sm=scores.stride(0),
+            stride_km=keys.stride(0),
+            GROUP=GROUP,
+            BLOCK_G=block_g,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
 
 
 def launch_column_keys(
@@ -95,18 +98,20 @@ def launch_column_keys(
     Column n of scores [Q, N] fp32 has index first_index + n in the shortlist's count.
     """
     n_chosen = keys.shape[1] // GROUP
-    column_kernel[(len(keys), triton.cdiv(n_chosen, block_g))](
-        scores_ptr=scores,
-        chosen_ptr=chosen,
-        keys_ptr=keys,
-        n_columns=scores.shape[1],
-        n_chosen=n_chosen,
-        first_index=first_index,
-        stride_sm=scores.stride(0),
-        stride_cm=0 if chosen is None else chosen.stride(0),
-        stride_km=keys.stride(0),
-        ALL=chosen is None,
-        GROUP=GROUP,
-        BLOCK_G=block_g,
-        num_warps=4,
-    )
+    with torch.cuda.device_of(scores):
+        column_kernel[(len(keys), triton.cdiv(n_chosen, block_g))](
+            scores_ptr=scores,
+            chosen_ptr=chosen,
+            keys_ptr=keys,
+            n_columns=scores.shape[1],
+            n_chosen=n_chosen,
+            first_index=first_index,
+            stride_sm=scores.stride(0),
+            stride_cm=0 if chosen is None else chosen.stride(0),
+            stride_km=keys.stride(0),
+            ALL=chosen is None,
+            GROUP=GROUP,
+            BLOCK_G=block_g,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )

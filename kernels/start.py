@@ -4,7 +4,8 @@
     L2    x = clamp(x0 + radius eps z / ||z||), z normal, radius uniform in (0, 1): first half of counter 1, stream 1
 
 Bytes per element of fp32: 8 when drawn here (x0 read, x written), 12 when given; in L2 the draws are made twice, once
-for their length, rather than stored. Lengths are summed in fp64, deterministically.
+for their length, rather than stored. Lengths are summed in fp64, deterministically; no multiplication is fused with an
+addition, so that in Linf every backend has the same bits.
 Launch: as noise, one program per image and BLOCK counters, eight elements per counter.
 """
 
@@ -113,19 +114,21 @@ def launch_start(
         "GIVEN": draw is not None,
         "BLOCK": block,
         "num_warps": 4,
+        "enable_fp_fusion": False,
     }
-    if norm == "l2":
-        start_length_kernel[grid](**common)
-    start_kernel[grid](
-        out_ptr=out,
-        x0_ptr=x0,
-        radius_ptr=out if radius is None else radius,
-        eps=eps,
-        low=low,
-        high=high,
-        L2=norm == "l2",
-        BYTE=x0.dtype == torch.uint8,
-        EPS_EACH=isinstance(eps, torch.Tensor),
-        PARTS=triton.next_power_of_2(n_blocks),
-        **common,
-    )
+    with torch.cuda.device_of(out):
+        if norm == "l2":
+            start_length_kernel[grid](**common)
+        start_kernel[grid](
+            out_ptr=out,
+            x0_ptr=x0,
+            radius_ptr=out if radius is None else radius,
+            eps=eps,
+            low=low,
+            high=high,
+            L2=norm == "l2",
+            BYTE=x0.dtype == torch.uint8,
+            EPS_EACH=isinstance(eps, torch.Tensor),
+            PARTS=triton.next_power_of_2(n_blocks),
+            **common,
+        )

@@ -107,21 +107,23 @@ def launch_resize_axis(
     first, weight = taps
     planes, rows, columns = out.shape
     low, high = bounds or (0.0, 0.0)
-    _resize_axis_kernel[(planes * triton.cdiv(rows * columns, block),)](
-        source_ptr=source,
-        noise_ptr=noise,
-        first_ptr=first,
-        weight_ptr=weight,
-        outside_ptr=None if outside is None else outside.view(torch.uint8),
-        out_ptr=out,
-        n_in=source.shape[1 + axis],
-        n_rows=rows,
-        n_columns=columns,
-        AXIS=axis,
-        TAPS=len(weight),
-        CLAMP=bounds is not None,
-        LOW=low,
-        HIGH=high,
-        ACCUMULATE=accumulate,
-        BLOCK=block,
-    )
+    with torch.cuda.device_of(out):
+        _resize_axis_kernel[(planes * triton.cdiv(rows * columns, block),)](
+            source_ptr=source,
+            noise_ptr=noise,
+            first_ptr=first,
+            weight_ptr=weight,
+            outside_ptr=None if outside is None else outside.view(torch.uint8),
+            out_ptr=out,
+            n_in=source.shape[1 + axis],
+            n_rows=rows,
+            n_columns=columns,
+            AXIS=axis,
+            TAPS=len(weight),
+            CLAMP=bounds is not None,
+            LOW=low,
+            HIGH=high,
+            ACCUMULATE=accumulate,
+            BLOCK=block,
+            enable_fp_fusion=True,
+        )

@@ -150,7 +150,8 @@ def compile_for_h200() -> None:
         return scalar[type(value)]
 
     def run(self: JITFunction, *arguments: object, grid: object, warmup: bool, **named: object) -> None:
-        options = {name: named.pop(name) for name in ("num_warps", "num_stages") if name in named}
+        options = {name: named.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in named}
+        assert "enable_fp_fusion" in options, f"{self.__name__}: the default differs between versions of Triton"
         values = dict(zip(self.arg_names, arguments, strict=False)) | named
         constant = {p.name for p in self.params if p.is_constexpr}
         constant |= {name for name, value in values.items() if value is None}

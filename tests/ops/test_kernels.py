@@ -6,6 +6,8 @@ import inspect
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType
 
@@ -16,6 +18,9 @@ from launches import CALLS
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "kernels"
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the calls are made on CPU tensors, through the interpreter"
+)
 MODULES = sorted(path.stem for path in KERNELS.glob("*.py") if path.stem != "__init__")
 
 
@@ -41,7 +46,33 @@ def test_every_kernel_compiles_for_an_h200() -> None:
     assert max(shared.values()) <= 227 * 1024, "more shared memory than a block of an H200 may have"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the calls are made on CPU tensors, through the interpreter")
+@interpreted
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, which need not be theirs."""
+    from triton.runtime.interpreter import GridExecutor
+
+    launch, chosen, launched = GridExecutor.__call__, [], set()
+
+    @contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        chosen.append(tensor.device)
+        yield
+        chosen.pop()
+
+    def spy(self: GridExecutor, *arguments: object, **named: object) -> None:
+        assert chosen, f"{self.fn.__name__} is launched wherever the caller happens to be"
+        launched.add(self.fn.__name__)
+        launch(self, *arguments, **named)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(GridExecutor, "__call__", spy)
+    for calls in CALLS.values():
+        for call in calls():
+            call()
+    assert launched == set().union(*map(kernels_in, MODULES))
+
+
+@interpreted
 def test_every_line_of_every_launcher_runs() -> None:
     launchers = {
         function.__code__: f"{module}.{name}"

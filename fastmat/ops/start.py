@@ -132,7 +132,7 @@ def start_reference(
         noise_reference(out, index, seed, normal=norm == "l2")
     else:
         out.copy_(draw)
-    size = eps[:, None] if isinstance(eps, Tensor) else eps
+    size = eps[:, None].clamp_min(0) if isinstance(eps, Tensor) else eps
     if norm == "l2":
         if radius is None:
             radius = out.new_tensor([float(first_unit(seed, i)) for i in index.tolist()])

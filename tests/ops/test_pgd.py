@@ -295,8 +295,47 @@ def test_projection_of_zero_radius_and_open_box(backend) -> None:
     t = inputs((2, 3, 4, 4))
     assert torch.equal(project(t["x"], t["x0"], eps=0.0, backend=backend), t["x0"])
     assert torch.equal(project(t["x"], t["x0"], eps=0.0, norm="l2", backend=backend), t["x0"])
+    for norm in ("linf", "l2"):
+        got = project(t["x"], t["x0"], eps=torch.tensor([0.0, 9.0]), norm=norm, backend=backend)
+        assert torch.equal(got[0], t["x0"][0])
+        torch.testing.assert_close(got[1], t["x"][1], atol=1e-7, rtol=0)
     free = pgd_step(t["x0"], t["grad"], t["x0"], eps=3.0, step_size=2.0, bounds=(-math.inf, math.inf), backend=backend)
     torch.testing.assert_close(free, t["x0"] + 2 * t["grad"].sign(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("launcher", ["fastmat.kernels.pgd.launch_pgd_update", "fastmat.ops.pgd.pgd_update_reference"])
+def test_a_negative_size_that_nobody_saw_counts_as_zero(launcher, norm, device) -> None:
+    """As on CUDA, where values of tensors are not checked."""
+    module, name = launcher.rsplit(".", 1)
+    t = {name: tensor.view(2, -1) for name, tensor in inputs((2, 3, 4, 4), device).items() if name != "state"}
+    box = {"norm": norm, "low": 0.0, "high": 1.0}
+    results = []
+    for low in (0.0, -1.0):
+        out = torch.empty_like(t["x"])
+        sizes = {"eps": torch.tensor([low, 0.5], device=device), "step_size": torch.tensor([0.2, low], device=device)}
+        getattr(pytest.importorskip(module), name)(out, **t, **sizes, **box)
+        results.append(out)
+    assert torch.equal(*results) and torch.equal(results[0][0], t["x0"][0])
+
+
+def test_what_is_written_shares_no_memory(backend) -> None:
+    t = inputs((2, 3, 4, 4))
+    x, grad, x0, state = t["x"], t["grad"], t["x0"], t["state"]
+    sizes, before = {"eps": 0.1, "step_size": 0.1, "backend": backend}, x.clone()
+    with pytest.raises(ValueError, match=r"^previous and out .* must not share memory$"):
+        apgd_step(x, x, grad, x0, **sizes, out=x)
+    with pytest.raises(ValueError, match=r"^velocity and out .* must not share memory$"):
+        momentum_step(x, state, grad, x0, decay=0.9, **sizes, out=state.view(state.shape))
+    for name in ("out", "velocity"):
+        written = {"velocity": state, "out": state.clone()} | {name: state[:1].expand(state.shape)}
+        with pytest.raises(ValueError, match=f"^{name} is written and must not be expanded"):
+            momentum_step(x, grad=grad, x0=x0, decay=0.9, **written, **sizes)
+    assert torch.equal(x, before) and torch.equal(state, inputs((2, 3, 4, 4))["state"])
+    # The first step of APGD has no iterate before x.
+    assert torch.equal(
+        apgd_step(x, x, grad, x0, inertia=1.0, **sizes), apgd_step(x, x.clone(), grad, x0, inertia=1.0, **sizes)
+    )
 
 
 def test_the_reference_works_in_blocks_that_tile_the_images() -> None:

@@ -81,6 +81,17 @@ def test_the_length_of_given_draws_neither_overflows_nor_vanishes(factor, backen
     torch.testing.assert_close(random_start(x0, draw=draw * factor, **options), want, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("launcher", ["fastmat.kernels.start.launch_start", "fastmat.ops.start.start_reference"])
+def test_a_negative_eps_that_nobody_saw_counts_as_zero(launcher, device) -> None:
+    """As on CUDA, where values of tensors are not checked."""
+    module, name = launcher.rsplit(".", 1)
+    x0 = images().to(device).view(3, -1)
+    out, eps = torch.empty_like(x0), torch.tensor([-1.0, 0.1, 0.0], device=device)
+    settings = {"norm": "linf", "low": 0.0, "high": 1.0, "seed": 3, "index": INDEX.to(device)}
+    getattr(pytest.importorskip(module), name)(out, x0, eps=eps, draw=None, radius=None, **settings)
+    assert torch.equal(out[::2], x0[::2]) and not torch.equal(out[1], x0[1])
+
+
 def test_radius_is_uniform() -> None:
     n = 4000
     x = random_start(torch.zeros(n, 8), eps=1.0, norm="l2", bounds=(-9, 9), seed=0)

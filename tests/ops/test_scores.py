@@ -4,8 +4,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from fastmat.ops.scores import TILE_BYTES
+from fastmat.ops.scores import TILE_BYTES, score_tiles
 
 SCRIPT = """
 import torch
@@ -41,3 +42,10 @@ def test_peak_memory_is_a_tile() -> None:
     assert matrix > 4 * TILE_BYTES["cpu"]
     assert ranks < 1.5 * TILE_BYTES["cpu"]
     assert shortlist < 1.5 * TILE_BYTES["cpu"]
+
+
+def test_a_tile_is_no_larger_than_the_matrix() -> None:
+    tiles = score_tiles(torch.ones(8, 2), torch.ones(3, 2), columns=2**18)
+    ((rows, columns, tile),) = tiles
+    assert (rows, columns) == (slice(0, 8), slice(0, 3)) and torch.equal(tile, torch.full((8, 3), 2.0))
+    assert tile.untyped_storage().nbytes() == 4 * 8 * 3

@@ -124,7 +124,7 @@ def test_backends_are_equal_to_the_bit_in_linf(kind, device) -> None:
         out = step(kind, **t, eps=0.03, step_size=0.01, backend=backend)
         results.append((out, t["state"]))
     for reference, kernel in zip(*results, strict=True):
-        # A GPU contracts multiply and add; a CPU does not.
+        # A GPU sums the mean of mi in another order.
         torch.testing.assert_close(kernel, reference, atol=0 if device.type == "cpu" else 1e-7, rtol=0)
 
 

@@ -33,7 +33,11 @@ def test_argument_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     assert uses_triton("auto", CUDA)
 
 
-def test_the_choice_and_its_reason_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("interpreter", ["0", "1"])
+def test_the_choice_and_its_reason_are_logged_once(
+    interpreter: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", interpreter)  # no reason for the default either way
     with caplog.at_level(logging.INFO, "fastmat.ops"):
         for _ in range(3):
             uniform_noise(0, torch.arange(2), (3,))
@@ -56,8 +60,11 @@ def test_without_triton_auto_falls_back_and_says_so(monkeypatch, caplog) -> None
         uses_triton("triton", CUDA)
 
 
-def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("interpreter", [None, "0"])
+def test_triton_on_a_cpu_needs_the_interpreter(interpreter: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if interpreter is not None:
+        monkeypatch.setenv("TRITON_INTERPRET", interpreter)
     x = torch.zeros(1, 3)
     with pytest.raises(ValueError, match="asks for Triton kernels, but tensors are on cpu"):
         pgd_step(x, x, x, eps=0.1, step_size=0.1, backend="triton")

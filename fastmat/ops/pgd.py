@@ -82,6 +82,8 @@ def momentum_step(
     rule "fare": velocity = unit(decay * velocity + unit(grad)), unit being sign or L2 normalisation (RobustVLM's PGD,
         decay 0.9; Schlarmann et al., ICML 2024).
     Bytes on a GPU per element, Linf: 28 (mi), 24 (fare). Everything else as in `pgd_step`.
+    Inside torch.compile let velocity be an input of the compiled program, or fresh as zeros_like makes it: inductor, at
+    least of torch 2.11 to 2.15, loses the offset of a cloned slice that a custom operator writes.
     """
     if rule not in ("mi", "fare"):
         raise UserError(f"rule must be 'mi' or 'fare', got {rule!r}")
@@ -110,7 +112,8 @@ def apgd_step(
 
     z = P(x + step_size * direction); result = P(x + inertia * (z - x) + (1 - inertia) * (x - previous)), P being
     projection and clamp. previous [B, ...] fp32 is the iterate before x and becomes x, in place. The first step of APGD
-    has inertia 1. Bytes on a GPU per element: 24 (Linf), 52 (L2). Everything else as in `pgd_step`.
+    has inertia 1. Bytes on a GPU per element: 24 (Linf), 52 (L2). Under torch.compile: as velocity in `momentum_step`.
+    Everything else as in `pgd_step`.
     """
     check_dtype("previous", previous, (torch.float32,))
     check_number("inertia", inertia)

@@ -15,7 +15,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _cosine_to_set_kernel(
+def cosine_to_set_kernel(
     image_ptr,
     text_ptr,
     txt2img_ptr,
@@ -74,7 +74,7 @@ def launch_cosine_to_set(
     if len(image) == 0:
         return
     with torch.cuda.device_of(image):
-        _cosine_to_set_kernel[(len(image),)](
+        cosine_to_set_kernel[(len(image),)](
             image_ptr=image,
             text_ptr=text,
             txt2img_ptr=txt2img,

@@ -25,7 +25,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _resize_axis_kernel(
+def resize_axis_kernel(
     source_ptr,
     noise_ptr,
     first_ptr,
@@ -108,7 +108,7 @@ def launch_resize_axis(
     planes, rows, columns = out.shape
     low, high = bounds or (0.0, 0.0)
     with torch.cuda.device_of(out):
-        _resize_axis_kernel[(planes * triton.cdiv(rows * columns, block),)](
+        resize_axis_kernel[(planes * triton.cdiv(rows * columns, block),)](
             source_ptr=source,
             noise_ptr=noise,
             first_ptr=first,

@@ -79,7 +79,13 @@ def contrastive() -> Iterator[Callable[[], object]]:
                 .backward()
             )
         )
-    from fastmat.kernels.contrastive import launch_weigh  # the operator writes halves on a GPU only
+    # The operator has tiles this large, and writes halves, on a GPU only.
+    from fastmat.kernels.contrastive import launch_fold, launch_weigh
+
+    many, large = torch.arange(512), torch.rand(512, 512)
+    yield lambda: launch_fold(
+        large, torch.tensor(10.0), torch.zeros(3, 512), torch.zeros(3, 512), many, many, negatives_only=False
+    )
 
     tile, row_state, column_state = torch.rand(4, 4), torch.rand(3, 4), torch.rand(3, 4)
     for dtype, columns, negatives_only in itertools.product(HALF[1:], (column_state, None), (True, False)):

@@ -20,7 +20,7 @@ from fastmat.ops.arguments import (
 )
 from fastmat.ops.backend import Backend, uses_triton
 from fastmat.ops.noise import halves, noise_reference, philox, signed, unit_interval
-from fastmat.ops.pgd import divided
+from fastmat.ops.pgd_reference import divided
 from fastmat.types import Norm
 
 

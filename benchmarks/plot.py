@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from fastmat.benchmarks.rows import Row
-from fastmat.benchmarks.table import Run, newest_runs, speed_up
+from fastmat.benchmarks.table import Run, newest_runs, place_of, speed_up
 from fastmat.benchmarks.targets import TARGETS
 from fastmat.report.plots import COLOURS, STYLE
 
@@ -23,12 +23,12 @@ OWN_STYLE = {**STYLE, "svg.fonttype": "path", "axes.grid.axis": "x"}
 
 
 def write_plots(folder: Path, rows: Sequence[Row]) -> list[str]:
-    """`speed-DEVICE.svg` for every kind of device with rows; the names of the files."""
+    """`speed-PLACE.svg` for every place with rows, of its last machine; the names of the files."""
     names = []
-    for device in dict.fromkeys(row.device for row in rows):
-        runs = newest_runs(row for row in rows if row.device == device)
+    for place in dict.fromkeys(map(place_of, rows)):
+        runs = newest_runs(row for row in rows if place_of(row) == place)
         runs = [run for run in runs if run[0].machine == runs[-1][0].machine]
-        name = f"speed-{device}.svg"
+        name = f"speed-{place.replace(', ', '-').replace(' ', '-')}.svg"
         with rc_context(OWN_STYLE):
             draw(runs).savefig(folder / name, format="svg", metadata={"Date": None, "Creator": None})
         names.append(name)

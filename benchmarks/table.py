@@ -12,11 +12,21 @@ Run = tuple[Row, ...]
 HEADER = ("case", "implementation", "kind", "ms", "p20 to p80", "fastmat's speed", "GB/s", "peak MB", "error")
 
 
+def place_of(row: Row) -> str:
+    """Where a row was measured: "cuda", "cpu, 1 thread".
+
+    Rows of different places are never compared.
+    """
+    if row.device != "cpu":
+        return row.device
+    return f"cpu, {row.threads} thread{'s' if row.threads > 1 else ''}"
+
+
 def newest_runs(rows: Iterable[Row]) -> list[Run]:
     """The rows of the newest run of every case on every machine, in the order in which cases were first measured."""
     runs: dict[tuple[str, str, str, str], list[Row]] = {}
     for row in rows:
-        own = runs.setdefault((row.device, row.machine, row.operator, row.case), [])
+        own = runs.setdefault((place_of(row), row.machine, row.operator, row.case), [])
         if own and row.time > own[0].time:
             own.clear()
         own.append(row)
@@ -53,27 +63,24 @@ def number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
 
 
-def target_cells(runs: Sequence[Run], target: Target) -> tuple[str, ...]:
-    run = next(
-        (
-            run
-            for run in runs
-            if (run[0].device, run[0].operator, run[0].case) == (target.device, target.operator, target.case)
-        ),
-        (),
-    )
-    figure = target.measured(run)
-    place = f"{target.operator} {target.case}"
-    if figure is None:
-        return target.device, place, target.asked(), "-", "-"
-    missed = f"no: {target.limit}" if target.limit else "no"
-    return target.device, place, target.asked(), number(figure), "yes" if target.met(figure) else missed
+def target_lines(runs: Sequence[Run], target: Target) -> list[tuple[str, ...]]:
+    """One line per place where the target's case was measured; one with dashes where there is none."""
+    what = (f"{target.operator} {target.case}", target.asked())
+    lines = []
+    for run in runs:
+        if (run[0].device, run[0].operator, run[0].case) != (target.device, target.operator, target.case):
+            continue
+        figure = target.measured(run)
+        if figure is not None:
+            missed = f"no: {target.limit}" if target.limit else "no"
+            lines.append((place_of(run[0]), *what, number(figure), "yes" if target.met(figure) else missed))
+    return lines or [(target.device, *what, "-", "-")]
 
 
 def for_terminal(runs: Sequence[Run]) -> str:
     """Both tables, in columns; a target without rows is left out."""
     body = [cells(row, run) for run in runs for row in run]
-    goals = [line for target in TARGETS if (line := target_cells(runs, target))[3] != "-"]
+    goals = [line for target in TARGETS for line in target_lines(runs, target) if line[3] != "-"]
     parts = [columns([HEADER, *body])]
     if goals:
         parts.append(columns([("device", "target", "asked", "measured", "met"), *goals]))
@@ -95,7 +102,8 @@ def markdown(lines: Sequence[tuple[str, ...]]) -> str:
 def page(rows: Sequence[Row], plots: Sequence[str]) -> str:
     """README.md of a results folder: targets, plots, then every case by machine."""
     runs = newest_runs(rows)
-    goals = [("device", "case", "asked", "measured", "met"), *(target_cells(runs, target) for target in TARGETS)]
+    goals = [("device", "case", "asked", "measured", "met")]
+    goals += [line for target in TARGETS for line in target_lines(runs, target)]
     parts = [
         "# Operators: speed and memory",
         "Written by `fastmat bench ops` from [rows.jsonl](rows.jsonl), the newest run of every case; do not edit. "
@@ -107,10 +115,10 @@ def page(rows: Sequence[Row], plots: Sequence[str]) -> str:
         markdown(goals),
         *(f"![Speed-up of fastmat over each opponent, and peak memory]({plot})" for plot in plots),
     ]
-    for device, machine in dict.fromkeys((run[0].device, run[0].machine) for run in runs):
-        own = [run for run in runs if (run[0].device, run[0].machine) == (device, machine)]
+    for place, machine in dict.fromkeys((place_of(run[0]), run[0].machine) for run in runs):
+        own = [run for run in runs if (place_of(run[0]), run[0].machine) == (place, machine)]
         parts += [
-            f"## {machine} ({device})",
+            f"## {machine} ({place})",
             provenance(own),
             markdown([HEADER, *(cells(r, run) for run in own for r in run)]),
         ]

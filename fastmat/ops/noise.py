@@ -14,7 +14,7 @@ from fastmat.errors import UserError
 from fastmat.ops.arguments import check_dtype, check_shape
 from fastmat.ops.backend import Backend, uses_triton
 
-CHUNK = 1 << 12  # counters, of eight values each: the reference's working set stays in the cache of one core
+CHUNK = 1 << 14  # counters, of eight values each: few calls per value, and a working set that stays in the cache
 
 
 def uniform_noise(seed: int, index: Tensor, shape: Sequence[int], *, backend: Backend | None = None) -> Tensor:

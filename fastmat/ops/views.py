@@ -24,9 +24,9 @@ from fastmat.ops.backend import Backend, uses_triton
 
 # Output rows per small product: enough to amortise a call, few enough that a band is mostly taps and not zeros.
 BAND = 32
-# Pixels that the reference resizes at a time: one plane of 224 x 224, dozens of 32 x 32, whose calls would cost more
-# than their products.
-PIXELS = 1 << 16
+# Pixels that the reference resizes at a time: three planes of 384 x 384, hundreds of 32 x 32, whose calls would cost
+# more than their products; what lies between two products still stays in the cache.
+PIXELS = 1 << 19
 
 
 class Axis(NamedTuple):

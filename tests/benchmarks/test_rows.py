@@ -84,8 +84,10 @@ def test_lines_that_are_no_rows(tmp_path: Path, line: bytes) -> None:
 
 def test_the_newest_run_of_a_case_counts() -> None:
     later = "2026-02-01T00:00:00+00:00"
-    runs = newest_runs([ROW, OTHER, row(time=later, p50=5.0), row(case="other"), row(machine="B CPU")])
-    assert [[one.p50 for one in run] for run in runs] == [[5.0], [10.0], [10.0]]
+    runs = newest_runs([ROW, OTHER, row(time=later, p50=5.0), row(case="other"), row(machine="B CPU"), row(threads=2)])
+    assert [[one.p50 for one in run] for run in runs] == [[5.0], [10.0], [10.0], [10.0]], (
+        "two threads are another place"
+    )
 
 
 def test_ratios_are_taken_within_a_run() -> None:
@@ -98,7 +100,10 @@ def test_ratios_are_taken_within_a_run() -> None:
 
 def test_the_page_says_a_dash_where_nothing_was_measured() -> None:
     text = page([ROW, OTHER], ["speed-cpu.svg"])
-    assert "| cpu | pgd_step linf B=128 224px | at least 3 times the speed of torchattacks | 3.50 | yes |" in text
+    assert (
+        "| cpu, 1 thread | pgd_step linf B=128 224px | at least 3 times the speed of torchattacks | 3.50 | yes |"
+        in text
+    )
     assert "| cuda | pgd_step linf B=128 224px | at least 4 times the speed of torchattacks | - | - |" in text
     assert "`fastmat bench ops --device cpu`" in text
     assert "speed-cpu.svg" in text
@@ -153,12 +158,12 @@ def test_plots_come_from_rows_alone(tmp_path: Path) -> None:
     ]
     assert write_plots(tmp_path, []) == []
     assert write_plots(tmp_path, [ROW, OTHER, *sizes, row(device="cuda", machine="A GPU"), row(device="cuda")]) == [
-        "speed-cpu.svg",
+        "speed-cpu-1-thread.svg",
         "speed-cuda.svg",
     ]
-    first = (tmp_path / "speed-cpu.svg").read_bytes()
+    first = (tmp_path / "speed-cpu-1-thread.svg").read_bytes()
     write_plots(tmp_path, [ROW, OTHER, *sizes])
-    assert (tmp_path / "speed-cpu.svg").read_bytes() == first
+    assert (tmp_path / "speed-cpu-1-thread.svg").read_bytes() == first
 
 
 def test_no_commit_outside_a_checkout(tmp_path: Path) -> None:

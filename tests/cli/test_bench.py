@@ -51,7 +51,7 @@ def test_a_short_run_of_one_bench_twice(fastmat: Fastmat, tmp_path: Path) -> Non
     assert "measuring pgd_step linf B=2 8px" in error
     assert fastmat(*words)[0] == 0
     assert len(read_rows(tmp_path / "rows.jsonl")) == 2 * len(rows)
-    names = {"README.md", "rows.jsonl", "speed-cpu.svg"}
+    names = {"README.md", "rows.jsonl", "speed-cpu-1-thread.svg"}
     assert {path.name for path in tmp_path.iterdir()} == names
 
 

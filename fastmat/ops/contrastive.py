@@ -9,7 +9,7 @@ Everything else (losses, queue, mixing of targets) is arithmetic on vectors of l
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,6 @@ from fastmat.errors import UserError
 from fastmat.ops.arguments import FLOATS, check_device, check_dtype, check_ids, check_number, check_shape
 from fastmat.ops.backend import Backend
 from fastmat.ops.contrastive_operators import SoftMean, fold, positive_count
-
-Named: TypeAlias = tuple[str, Tensor | None]
 
 
 class ContrastiveStatistics(NamedTuple):

@@ -40,6 +40,8 @@ MODELS = {
 }
 ATTACKS = {
     "pgd": "fastmat.attacks.pgd:PGD",
+    "mi_fgsm": "fastmat.attacks.mi_fgsm:MIFGSM",
+    "apgd": "fastmat.attacks.apgd:APGD",
     "bert_attack": "fastmat.attacks.bert_attack:BertAttack",
     "sep": "fastmat.attacks.sep:SepAttack",
     "sga": "fastmat.attacks.sga:SGA",

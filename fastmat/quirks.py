@@ -12,6 +12,7 @@
 | `antialias` | True | False: tensor resize of torchvision 0.15 | SGA's scale views |
 | `one_sided_start` | False: start uniform in [-eps, eps] | True: uniform in [0, eps] | Co-Attack, Sep-Attack |
 | `clamp_start` | True: the start lies in the pixel box | False | RobustVLM's PGD, Co-Attack, Sep-Attack |
+| `zero_history` | False: the first checkpoint compares with the loss of the start | True: with 0, the last row of a buffer still empty | AutoAttack's and RobustVLM's APGD |
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Quirks:
     antialias: bool = True
     one_sided_start: bool = False
     clamp_start: bool = True
+    zero_history: bool = False
 
     @classmethod
     def official(cls, *, round_trip: bool = True, text_max_length: int = 77) -> Quirks:
@@ -48,6 +50,7 @@ class Quirks:
             antialias=False,
             one_sided_start=True,
             clamp_start=False,
+            zero_history=True,
         )
 
     def but(self, **changes: bool | int | None) -> Quirks:

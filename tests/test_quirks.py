@@ -21,6 +21,7 @@ def test_presets() -> None:
         "antialias": True,
         "one_sided_start": False,
         "clamp_start": True,
+        "zero_history": False,
     }
     assert asdict(Quirks.official()) == {
         "candidate_row_offset": 0,
@@ -33,6 +34,7 @@ def test_presets() -> None:
         "antialias": False,
         "one_sided_start": True,
         "clamp_start": False,
+        "zero_history": True,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,18 +50,23 @@ def ascend(
     threat: ThreatModel,
     steps: int,
     step_size: float,
+    decay: float | None = None,
 ) -> Tensor:
     """`steps` projected-gradient steps from `start`, maximising `value(x, step) -> [B]`.
 
-    Gradients with respect to the pixels only; `x` stays fp32 and inside ball and box after every step.
+    Gradients with respect to the pixels only; `x` stays fp32 and inside ball and box after every step. decay: of
+    MI-FGSM's velocity; None: the gradient alone.
     """
     if threat.eps == 0:
         return x0
     x = start.clone()  # steps are taken in place
+    velocity = None if decay is None else torch.zeros_like(x)
+    ball: dict[str, Any] = {"eps": threat.eps, "norm": threat.norm, "bounds": threat.bounds}
     for step in range(steps):
         live = x.detach().requires_grad_(True)
         (gradient,) = torch.autograd.grad(value(live, step).sum(), live)
-        ops.pgd_step(
-            x, gradient, x0, eps=threat.eps, step_size=step_size, norm=threat.norm, bounds=threat.bounds, out=x
-        )
+        if velocity is None or decay is None:
+            ops.pgd_step(x, gradient, x0, step_size=step_size, out=x, **ball)
+        else:
+            ops.momentum_step(x, velocity, gradient, x0, step_size=step_size, decay=decay, out=x, **ball)
     return x

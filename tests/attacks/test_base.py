@@ -8,6 +8,7 @@ from tiny_mlm import tiny_mlm
 
 from fastmat.attacks.base import Attack, context_of, within_budget, words_changed
 from fastmat.attacks.draws import SeededDraws
+from fastmat.attacks.mi_fgsm import MIFGSM
 from fastmat.attacks.objectives import Contrastive, CosineToOwn, KLFromClean, SquaredL2FromClean
 from fastmat.attacks.pgd import PGD
 from fastmat.attacks.search import random_start
@@ -158,6 +159,7 @@ def test_unusable_batches_are_refused() -> None:
 
 ATTACKS = {
     "pgd": PGD,
+    "mi_fgsm": MIFGSM,
     "sga": partial(SGA, mlm=tiny_mlm()),
     "sep": partial(SepAttack, mlm=tiny_mlm()),
     "tecoa_itr": TeCoAITR,

@@ -12,6 +12,7 @@
 | `antialias` | True | False: tensor resize of torchvision 0.15 | SGA's scale views |
 | `one_sided_start` | False: start uniform in [-eps, eps] | True: uniform in [0, eps] | Co-Attack, Sep-Attack |
 | `clamp_start` | True: the start lies in the pixel box | False | RobustVLM's PGD, Co-Attack, Sep-Attack |
+| `last_caption_only` | False: one image against all its captions | True: one image per pair, of which the last caption's is kept | Co-Attack |
 | `zero_history` | False: the first checkpoint compares with the loss of the start | True: with 0, the last row of a buffer still empty | AutoAttack's and RobustVLM's APGD |
 """
 
@@ -34,6 +35,7 @@ class Quirks:
     antialias: bool = True
     one_sided_start: bool = False
     clamp_start: bool = True
+    last_caption_only: bool = False
     zero_history: bool = False
 
     @classmethod
@@ -50,6 +52,7 @@ class Quirks:
             antialias=False,
             one_sided_start=True,
             clamp_start=False,
+            last_caption_only=True,
             zero_history=True,
         )
 

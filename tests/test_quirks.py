@@ -21,6 +21,7 @@ def test_presets() -> None:
         "antialias": True,
         "one_sided_start": False,
         "clamp_start": True,
+        "last_caption_only": False,
         "zero_history": False,
     }
     assert asdict(Quirks.official()) == {
@@ -34,6 +35,7 @@ def test_presets() -> None:
         "antialias": False,
         "one_sided_start": True,
         "clamp_start": False,
+        "last_caption_only": True,
         "zero_history": True,
     }
 

@@ -77,14 +77,20 @@ class SGA(Attack):
         """Step 2, against the captions of `batch` as they stand."""
         own = self.words.features(model, batch.texts, max_length=self.quirks.mid_max_length)
 
-        def over_views(x: Tensor, step: int) -> Tensor:
-            # One view at a time, so that no single tensor holds the activations of all of them.
-            views = [x, *self.scaled(x, batch.index, step, draws)]
-            cosines = [cosine_to_set(model.encode_image(view).features, own, batch.txt2img) for view in views]
-            return -torch.stack(cosines).sum(0)
+        def value(x: Tensor, step: int) -> Tensor:
+            return self.over_views(model, batch, own, x, step, draws)
 
         start = random_start(batch, self.threat, draws)
-        return ascend(over_views, batch.images, start, threat=self.threat, steps=self.steps, step_size=self.step_size)
+        return ascend(value, batch.images, start, threat=self.threat, steps=self.steps, step_size=self.step_size)
+
+    def over_views(
+        self, model: VisionLanguageModel, batch: Batch, own: Tensor, x: Tensor, step: int, draws: Draws
+    ) -> Tensor:
+        """What step 2 ascends: minus the cosines of `x` and its scaled copies to `own` [T, E], summed, as [B]."""
+        # One view at a time, so that no single tensor holds the activations of all of them.
+        views = [x, *self.scaled(x, batch.index, step, draws)]
+        cosines = [cosine_to_set(model.encode_image(view).features, own, batch.txt2img) for view in views]
+        return -torch.stack(cosines).sum(0)
 
     def scaled(self, x: Tensor, index: Tensor, step: int, draws: Draws) -> Sequence[Tensor]:
         """The scaled copies of `x`, fresh noise for every step and scale."""

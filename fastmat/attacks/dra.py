@@ -1,0 +1,186 @@
+"""DRA: SGA whose gradient is taken off the trajectory (Gao et al., ECCV 2024, arXiv 2403.12445).
+
+Constants and order follow the authors' code, SensenGao/VLPTransferAttack, RAttacker.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fastmat import ops
+from fastmat.attacks.base import Attack
+from fastmat.attacks.draws import Draws
+from fastmat.attacks.search import random_start
+from fastmat.attacks.sga import SGA
+from fastmat.errors import UserError
+from fastmat.models.protocol import VisionLanguageModel
+from fastmat.quirks import Quirks
+from fastmat.text.mlm import MaskedLanguageModel
+from fastmat.types import AttackContext, Batch, ThreatModel
+
+Choice = Literal["image", "batch"]
+
+
+class DRA(Attack):
+    """Diversification along the intersection region of the adversarial trajectory.
+
+    Text, image, text as in SGA, with two changes. From the second step on the image's gradient, over all scales, is
+    taken at a random mixture of the current iterate, the clean image and the previous iterate: of `samples` mixtures
+    the one whose own gradient, followed for one step from the current iterate, harms most (no scales here, and the
+    trial is not projected). The step itself starts at the current iterate. The last text pass moves away from the
+    clean image, the final and the last but one iterate, weighted by `text_weights`.
+
+    steps 10, step_size eps/4, samples 5, text_weights (0.6, 0.2, 0.2): the published code, at eps 8/255. scales,
+    noise_std, top_k, threshold: as in SGA.
+    choice: "image" draws and chooses mixtures for every image on its own. "batch" is the published form: one set of
+        mixtures for the whole batch, chosen by the batch's mean, so that the result depends on how a batch is split.
+    Raises UserError without a step or a sample, with a negative step size, or with unusable text weights.
+    """
+
+    official = Quirks.official().but(mid_max_length=None)
+
+    def __init__(
+        self,
+        *,
+        threat: ThreatModel,
+        mlm: MaskedLanguageModel,
+        steps: int = 10,
+        step_size: float | None = None,
+        samples: int = 5,
+        choice: Choice = "image",
+        text_weights: Sequence[float] = (0.6, 0.2, 0.2),
+        scales: Sequence[float] = (0.5, 0.75, 1.25, 1.5),
+        noise_std: float = 0.05,
+        top_k: int = 10,
+        threshold: float = 0.3,
+        quirks: Quirks | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(threat=threat, seed=seed)
+        if samples < 1:
+            raise UserError(f"samples must be at least 1, got {samples}")
+        if choice not in get_args(Choice):
+            raise UserError(f"choice must be one of {', '.join(get_args(Choice))}, got {choice!r}")
+        if len(text_weights) != 3 or not all(0 <= weight < math.inf for weight in text_weights):
+            raise UserError(f"text_weights must be three finite numbers that are not negative, got {text_weights}")
+        if not any(text_weights):
+            raise UserError("text_weights must not all be zero: the text would have nothing to move away from")
+        self.samples = samples
+        self.choice = choice
+        self.text_weights = tuple(text_weights)
+        self.sga = SGA(
+            threat=threat,
+            mlm=mlm,
+            steps=steps,
+            step_size=step_size,
+            scales=scales,
+            noise_std=noise_std,
+            top_k=top_k,
+            threshold=threshold,
+            quirks=quirks,
+        )
+
+    def run(
+        self, model: VisionLanguageModel, batch: Batch, context: AttackContext, draws: Draws
+    ) -> tuple[Tensor, tuple[str, ...]]:
+        words = self.sga.words
+        plan = words.plan(model, batch.texts)
+        with torch.no_grad():
+            clean = model.encode_image(batch.images).features
+        first = words.search(model, plan, clean[batch.txt2img])
+        images, previous = self.trajectory_end(model, batch.replace(texts=first), draws)
+        with torch.no_grad():
+            ends = [clean, model.encode_image(images).features, model.encode_image(previous).features]
+        # The score is linear in the guide: one guide that is a weighted sum scores like the weighted sum of scores.
+        guide = sum(weight * features for weight, features in zip(self.text_weights, ends, strict=True))
+        assert isinstance(guide, Tensor)
+        return images, words.search(model, plan, guide[batch.txt2img])
+
+    @torch.enable_grad()
+    def trajectory_end(self, model: VisionLanguageModel, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
+        """The final and the last but one iterate, against the captions of `batch` as they stand."""
+        threat, sga = self.threat, self.sga
+        if threat.eps == 0:
+            return batch.images, batch.images
+        own = sga.words.features(model, batch.texts, max_length=sga.quirks.mid_max_length)
+        x = previous = random_start(batch, threat, draws)
+        for step in range(sga.steps):
+            point = self.diversified(model, batch, own, x, previous, step, draws) if step else x
+            live = point.detach().requires_grad_(True)
+            (gradient,) = torch.autograd.grad(sga.over_views(model, batch, own, live, step, draws).sum(), live)
+            moved = ops.pgd_step(
+                x,
+                gradient,
+                batch.images,
+                eps=threat.eps,
+                step_size=sga.step_size,
+                norm=threat.norm,
+                bounds=threat.bounds,
+            )
+            x, previous = moved, x
+        return x, previous
+
+    @torch.enable_grad()
+    def diversified(
+        self,
+        model: VisionLanguageModel,
+        batch: Batch,
+        own: Tensor,
+        x: Tensor,
+        previous: Tensor,
+        step: int,
+        draws: Draws,
+    ) -> Tensor:
+        """[B, 3, H, W]: of `samples` mixtures of `x`, the clean images and `previous` the most harmful one."""
+
+        def harm(images: Tensor) -> Tensor:
+            return -ops.cosine_to_set(model.encode_image(images).features, own, batch.txt2img)
+
+        index = batch.index if self.choice == "image" else batch.index[:1]
+        weights = mixture_weights(draws.uniform(f"mixture/{step}", index, (self.samples, 2)))
+        chosen, best = x, x.new_full((len(x),), -math.inf)
+        for k in range(self.samples):
+            a, b, c = weights[:, k, :, None, None, None].unbind(1)
+            point = a * x + b * batch.images + c * previous
+            live = point.detach().requires_grad_(True)
+            (gradient,) = torch.autograd.grad(harm(live).sum(), live)
+            with torch.no_grad():
+                value = harm(self.unprojected_step(x, gradient))
+            if self.choice == "batch":
+                value = value.mean().expand(len(x))
+            better = value > best
+            chosen = torch.where(better[:, None, None, None], point, chosen)
+            best = torch.where(better, value, best)
+        return chosen
+
+    def unprojected_step(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """One step from `x` along `gradient`: the ball stands around `x` itself and is wide enough."""
+        step_size, norm = self.sga.step_size, self.threat.norm
+        radius = max(step_size, self.threat.eps)
+        return ops.pgd_step(x, gradient, x, eps=radius, step_size=step_size, norm=norm, bounds=(-math.inf, math.inf))
+
+
+def mixture_weights(draw: Tensor) -> Tensor:
+    """Weights [..., 3] of current, clean and previous image from `draw` [..., 2], uniform in (-1, 1).
+
+    Whole percents, each at least one, that sum to 1, distributed as in the published code: the first is uniform in
+    1..100 and the second in 1..(100 - first), drawn again while nothing is left for the third; a first of 99 or 100
+    becomes (98, 1, 1). So the current image has about half of the weight, and the other two a quarter each.
+
+    >>> mixture_weights(torch.tensor([[-0.999, -0.999], [0.0, 0.0], [0.999, 0.999]])).mul(100).round().int().tolist()
+    [[1, 1, 98], [49, 26, 25], [98, 1, 1]]
+    """
+    unit = draw.add(1).div(2).clamp(0, 1)
+    percent = torch.arange(1, 99, device=draw.device, dtype=torch.float32)
+    chance = (99 - percent) / (100 - percent)
+    chance[-1] += 2
+    cumulative = chance.cumsum(0)
+    first = 1 + torch.searchsorted(cumulative, unit[..., 0] * cumulative[-1]).clamp_max(97)
+    room = 99 - first
+    second = 1 + torch.minimum((unit[..., 1] * room).long(), room - 1)
+    return torch.stack((first, second, 100 - first - second), -1) / 100

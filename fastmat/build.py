@@ -42,12 +42,15 @@ ATTACKS = {
     "pgd": "fastmat.attacks.pgd:PGD",
     "mi_fgsm": "fastmat.attacks.mi_fgsm:MIFGSM",
     "apgd": "fastmat.attacks.apgd:APGD",
+    "square": "fastmat.attacks.square:Square",
     "bert_attack": "fastmat.attacks.bert_attack:BertAttack",
     "sep": "fastmat.attacks.sep:SepAttack",
+    "co_attack": "fastmat.attacks.co_attack:CoAttack",
     "sga": "fastmat.attacks.sga:SGA",
 }
 OBJECTIVES = {
     "contrastive": "fastmat.attacks.objectives:Contrastive",
+    "margin": "fastmat.attacks.margin:Margin",
     "cosine": "fastmat.attacks.objectives:CosineToOwn",
     "kl": "fastmat.attacks.objectives:KLFromClean",
     "squared_l2": "fastmat.attacks.objectives:SquaredL2FromClean",

@@ -18,7 +18,7 @@ Fastmat = Callable[..., tuple[int, str, str]]
 def test_every_command_has_help_with_its_keys(fastmat: Fastmat) -> None:
     keys = {
         "attack": [
-            "attack: one of pgd, bert_attack, sep, sga (required)",
+            f"attack: one of {', '.join(build.ATTACKS)} (required)",
             "threat.eps: float = 2/255",
             "shard_size: int = 256",
         ],

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastmat.errors import UserError
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.quirks import Quirks
+from fastmat.text.candidate_cache import CandidateSource
 from fastmat.text.candidates import find_candidates
 from fastmat.text.encoded import EncodedTexts, Representation
 from fastmat.text.mlm import MaskedLanguageModel
@@ -47,7 +48,7 @@ class TextPlan:
 class WordSubstitution:
     """Substitutes up to `max_words` words of each caption.
 
-    mlm: proposes the candidates.
+    mlm: proposes the candidates. candidates: computes them, or reads them from disk (`CandidateCache`).
     choice: "cosine" takes the text least similar to its guide; "kl" the one farthest from the clean caption.
     importance: the representation on which a word's importance is measured; compare: the one of choice "kl".
         SGA: "features"; Co-Attack and Sep-Attack: "embeds" for CLIP, "cls" or "tokens" for BERT towers.
@@ -68,6 +69,7 @@ class WordSubstitution:
         threshold: float = 0.3,
         quirks: Quirks | None = None,
         chunk: int = 64,
+        candidates: CandidateSource = find_candidates,
     ) -> None:
         if choice not in get_args(Choice):
             raise UserError(f"choice must be one of {', '.join(get_args(Choice))}, got {choice!r}")
@@ -87,6 +89,7 @@ class WordSubstitution:
         self.threshold = threshold
         self.quirks = quirks or Quirks()
         self.chunk = chunk
+        self.candidates = candidates
         self.max_length = min(self.quirks.text_max_length or mlm.max_length, mlm.max_length)
 
     @torch.no_grad()
@@ -98,7 +101,7 @@ class WordSubstitution:
             attackable(caption, max_length=self.max_length, case_sensitive=quirks.case_sensitive_filters)
             for caption in captions
         ]
-        candidates = find_candidates(
+        candidates = self.candidates(
             self.mlm,
             captions,
             wanted,

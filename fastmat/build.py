@@ -47,6 +47,7 @@ ATTACKS = {
     "sep": "fastmat.attacks.sep:SepAttack",
     "co_attack": "fastmat.attacks.co_attack:CoAttack",
     "sga": "fastmat.attacks.sga:SGA",
+    "dra": "fastmat.attacks.dra:DRA",
 }
 OBJECTIVES = {
     "contrastive": "fastmat.attacks.objectives:Contrastive",
@@ -78,6 +79,8 @@ SEAMS: dict[type, Mapping[str, str]] = {Objective: OBJECTIVES, TextSearch: TEXT_
 Given = Mapping[str, Callable[[], object]]
 # Made from other sections, so no argument of a component: `max_words` stands in `threat`, with the rest of the budget.
 RESERVED = frozenset({"threat", "max_words", "mlm", "teacher", "quirks"})
+# Handed in by Python code alone; to a config these names are unknown.
+UNNAMED = frozenset({"candidates"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +120,8 @@ def parameters_of(factory: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
     """Name -> (annotation, default) of what a config may set; the default is `inspect.Parameter.empty` if required."""
     hints = typing.get_type_hints(factory.__init__ if isinstance(factory, type) else factory)  # type: ignore[misc]
     signature = inspect.signature(factory).parameters
-    return {name: (hints[name], signature[name].default) for name in signature if name not in reserved(factory)}
+    hidden = reserved(factory) | UNNAMED
+    return {name: (hints[name], signature[name].default) for name in signature if name not in hidden}
 
 
 def reserved(factory: Callable[..., Any]) -> frozenset[str]:

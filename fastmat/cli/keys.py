@@ -24,13 +24,14 @@ def describe(schema: type[Section]) -> str:
     registries: list[OneOf] = []
     explained: list[Fields] = []
     for key, annotation, default, meaning in keys_of(schema):
-        lines.append(f"  {key}: {type_name(annotation)}{default_text(default)}")
+        lines += wrapped(f"{key}: {type_name(annotation)}{default_text(default)}", 2)
         lines += wrapped(meaning, 6)
         marks = list(marks_of(annotation))
         registries += [mark for mark in marks if isinstance(mark, OneOf) and mark not in registries]
         for mark in marks:
             if isinstance(mark, Fields):
-                lines += [f"    {line}" for line in arguments_of(mark.factory, prefix=f"{key}.", run_seed=True)]
+                for line in arguments_of(mark.factory, prefix=f"{key}.", run_seed=True):
+                    lines += wrapped(line, 4)
                 lines += wrapped(inspect.getdoc(locate(mark.factory)), 6) if mark not in explained else []
                 explained.append(mark)
     for registry in registries:
@@ -63,7 +64,9 @@ def keys_of(schema: type[Section], prefix: str = "") -> Iterator[tuple[str, Any,
 
 def component_help(name: str, factory: str, *, run_seed: bool = False) -> list[str]:
     """Name, arguments with types and defaults, and the docstring."""
-    lines = [f"  {name}", *(f"    {line}" for line in arguments_of(factory, prefix="", run_seed=run_seed))]
+    lines = [f"  {name}"]
+    for line in arguments_of(factory, prefix="", run_seed=run_seed):
+        lines += wrapped(line, 4)
     return lines + wrapped(inspect.getdoc(locate(factory)), 6)
 
 

@@ -21,6 +21,7 @@ import logging
 import os
 import re
 import secrets
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -210,7 +211,7 @@ class Scope:
                 file.write(lines if file.tell() else self.header + lines)
         except OSError as error:
             self._own = None  # its last line may be cut: nothing may follow it
-            log.warning("candidates are not stored: %s (%s)", self.folder, error.strerror)
+            warnings.warn(f"candidates are not stored: {self.folder} ({error.strerror})")
 
     def _index_segment(self, path: Path) -> None:
         """Note the records that were added to a segment since it was last seen."""

@@ -19,8 +19,7 @@ from torch import Tensor
 from fastmat.errors import UserError
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.quirks import Quirks
-from fastmat.text.candidate_cache import CandidateSource
-from fastmat.text.candidates import find_candidates
+from fastmat.text.candidates import CandidateSource, find_candidates
 from fastmat.text.encoded import EncodedTexts, Representation
 from fastmat.text.mlm import MaskedLanguageModel
 from fastmat.text.words import attackable, replaced, split

@@ -27,14 +27,14 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 
 from fastmat.errors import UserError
 from fastmat.quirks import Quirks
 from fastmat.text import candidates
-from fastmat.text.candidates import find_candidates
+from fastmat.text.candidates import Found, find_candidates
 from fastmat.text.mlm import MaskedLanguageModel
 from fastmat.text.words import STOP_WORDS, Words, attackable, split
 
@@ -45,27 +45,7 @@ MANIFEST = "manifest.json"
 CAPTIONS_PER_WRITE = 1024  # computed and written at a time: what a kill costs at most
 RECORD = re.compile(rb'\["([0-9a-f]{32})","([0-9a-f]{8})",(\{.*\})\]\n')
 
-Found = dict[int, tuple[str, ...]]
 log = logging.getLogger(__name__)
-
-
-@runtime_checkable
-class CandidateSource(Protocol):
-    """What proposes substitutes: `find_candidates`, or a cache of what it found."""
-
-    def __call__(
-        self,
-        mlm: MaskedLanguageModel,
-        captions: Sequence[Words],
-        wanted: Sequence[Sequence[int]],
-        /,
-        *,
-        top_k: int,
-        threshold: float,
-        quirks: Quirks,
-        max_length: int,
-    ) -> list[Found]:
-        """For each caption: word index to its candidates, best first; words without any are left out."""
 
 
 class CandidateCache:

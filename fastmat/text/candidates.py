@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import islice, product
+from typing import Protocol, runtime_checkable
 
 from fastmat.quirks import Quirks
 from fastmat.text.mlm import MaskedLanguageModel
@@ -19,6 +20,26 @@ COMBINATIONS = 24
 SPECIAL = re.compile(r"\[(PAD|UNK|CLS|SEP|MASK|unused\d+)\]")  # no words, though in BERT's vocabulary
 
 Rows = list[list[int]]
+Found = dict[int, tuple[str, ...]]  # of one caption: word index to its candidates
+
+
+@runtime_checkable
+class CandidateSource(Protocol):
+    """What proposes substitutes: `find_candidates`, or a cache of what it found."""
+
+    def __call__(
+        self,
+        mlm: MaskedLanguageModel,
+        captions: Sequence[Words],
+        wanted: Sequence[Sequence[int]],
+        /,
+        *,
+        top_k: int,
+        threshold: float,
+        quirks: Quirks,
+        max_length: int,
+    ) -> list[Found]:
+        """For each caption: word index to its candidates, best first; words without any are left out."""
 
 
 def find_candidates(
@@ -30,7 +51,7 @@ def find_candidates(
     threshold: float,
     quirks: Quirks,
     max_length: int,
-) -> list[dict[int, tuple[str, ...]]]:
+) -> list[Found]:
     """For each caption: word index to its candidates, best first; words without any are left out.
 
     wanted: word indices of each caption, from `attackable`. A word of one piece gets the `top_k` pieces, in order, up
@@ -44,7 +65,7 @@ def find_candidates(
     ]
     predictions = mlm.top_k(sequences, [[row for span in of for row in span] for of in spans], k=top_k)
 
-    found: list[dict[int, tuple[str, ...]]] = [{} for _ in captions]
+    found: list[Found] = [{} for _ in captions]
     several: list[tuple[int, int, tuple[int, ...]]] = []  # (caption, word, combination), to be ranked together
     for n, (caption, indices, (ids, logits)) in enumerate(zip(captions, wanted, predictions, strict=True)):
         start = 0

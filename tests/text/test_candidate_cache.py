@@ -24,8 +24,8 @@ from fastmat.errors import UserError
 from fastmat.models.tiny import tiny_clip
 from fastmat.quirks import Quirks
 from fastmat.text import candidate_cache, candidates
-from fastmat.text.candidate_cache import QUIRKS, CandidateCache, CandidateSource
-from fastmat.text.candidates import find_candidates
+from fastmat.text.candidate_cache import QUIRKS, CandidateCache
+from fastmat.text.candidates import CandidateSource, find_candidates
 from fastmat.text.mlm import MaskedLanguageModel
 from fastmat.text.words import attackable, split
 

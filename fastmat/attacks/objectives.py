@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmat.attacks.base import text_features
+from fastmat.errors import UserError
 from fastmat.models.protocol import ImageState, VisionLanguageModel
-from fastmat.ops import contrastive_rows, contrastive_statistics, cosine_to_set
+from fastmat.ops import contrastive_statistics, cosine_to_set
 from fastmat.types import AttackContext, Batch
 
 Bound = Callable[[ImageState], Tensor]
@@ -43,6 +44,9 @@ class Contrastive:
         ordered, order = context.text_group.sort()
         first = torch.searchsorted(ordered, batch.group)
         count = torch.searchsorted(ordered, batch.group, right=True) - first
+        if self.directions != "t2i" and not bool(count.all()):
+            i = int((count == 0).nonzero()[0])
+            raise UserError(f"image {i} of the batch has no positive: no text of the context has its group")
         place = torch.arange(int(count.max()), device=count.device)
         own = order[(first[:, None] + place).clamp_max(len(order) - 1)]
         weight = (place < count[:, None]) / count[:, None].clamp_min(1)
@@ -61,9 +65,10 @@ class Contrastive:
         def value(state: ImageState) -> Tensor:
             total = torch.zeros(len(state.features), device=state.features.device)
             if self.directions != "t2i":
-                total = total + contrastive_rows(
-                    state.features, context.text_features, scale, row_group=batch.group, column_group=context.text_group
+                rows = contrastive_statistics(
+                    state.features, context.text_features, scale, batch.group, context.text_group, column_side=False
                 )
+                total = total + rows.row_lse - rows.row_match / count
             if self.directions != "i2t":
                 live = scale * (state.features[:, None] * texts).sum(2)
                 total = total + ((torch.logaddexp(others, live) - live) * weight).sum(1)

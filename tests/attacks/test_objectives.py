@@ -1,6 +1,7 @@
 """Objectives against formulas written out by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from batches import random_batch
 
 from fastmat.attacks.base import context_of, text_features
 from fastmat.attacks.objectives import Contrastive, CosineToOwn, KLFromClean, SquaredL2FromClean
+from fastmat.errors import UserError
 from fastmat.models.tiny import tiny_clip
 from fastmat.types import AttackContext
 
@@ -72,3 +74,11 @@ def test_unimodal_distances() -> None:
     torch.testing.assert_close(squared.double(), ((clean - state.embeds) ** 2).sum(-1), atol=1e-5, rtol=1e-4)
     at_rest = model.encode_image(batch.images)
     assert float(KLFromClean().bind(model, batch, context)(at_rest).detach().abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("directions", ["both", "i2t"])
+def test_an_image_without_a_text_in_the_context_is_refused(directions) -> None:
+    model, batch = tiny_clip().eval(), random_batch()
+    context = replace(context_of(model, batch), text_group=batch.text_group.clamp_min(int(batch.group[1])))
+    with pytest.raises(UserError, match="image 0 of the batch has no positive"):
+        Contrastive(directions=directions).bind(model, batch, context)

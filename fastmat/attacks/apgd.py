@@ -21,12 +21,12 @@ from fastmat.types import AttackContext, Batch, ThreatModel
 class APGD(Attack):
     """Image only; the image of the highest objective over all steps and restarts. AutoAttack's constants.
 
-    steps: iterations per restart, at least 1; the step size begins at 2 eps and is halved at checkpoints, image by
-        image, after which that image goes on from its best iterate.
+    steps: iterations per restart, at least 1. step_size: of the first steps, in pixel units; None: 2 eps. It is halved
+        at checkpoints, image by image, after which that image goes on from its best iterate.
     restarts: random starts, at least 1; each image keeps its best. objective: what is ascended.
     random_start: False starts at the clean image, as RobustVLM's copy does; more restarts would then be the same run.
     Costs steps + 1 forwards and steps backwards per restart. Nothing waits for the device.
-    Raises UserError for steps or restarts below 1, or restarts without a random start.
+    Raises UserError for steps or restarts below 1, a negative step size, or restarts without a random start.
     """
 
     official = Quirks(zero_history=True)
@@ -37,19 +37,21 @@ class APGD(Attack):
         threat: ThreatModel,
         objective: Objective | None = None,
         steps: int = 100,
+        step_size: float | None = None,
         restarts: int = 1,
         random_start: bool = True,
         quirks: Quirks | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(threat=threat, seed=seed)
-        check_steps(steps, None)
+        check_steps(steps, step_size)
         if restarts < 1:
             raise UserError(f"restarts must be at least 1, got {restarts}")
         if restarts > 1 and not random_start:
             raise UserError(f"restarts must be 1 without random_start, which makes them differ, got {restarts}")
         self.objective = objective or Contrastive()
         self.steps = steps
+        self.step_size = step_size
         self.restarts = restarts
         self.random_start = random_start
         self.quirks = quirks or Quirks()
@@ -69,6 +71,7 @@ class APGD(Attack):
                 start,
                 threat=self.threat,
                 steps=self.steps,
+                step_size=self.step_size,
                 zero_history=self.quirks.zero_history,
             )
             if best is None or highest is None:
@@ -101,6 +104,7 @@ def ascend_adaptively(
     *,
     threat: ThreatModel,
     steps: int,
+    step_size: float | None = None,
     rho: float = 0.75,
     zero_history: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -112,7 +116,8 @@ def ascend_adaptively(
     """
     window, shrink, least = (max(int(share * steps), 1) for share in (0.22, 0.03, 0.06))
     x, previous = start.clone(), start.clone()
-    step_size = torch.full((len(x),), 2 * threat.eps, dtype=torch.float32, device=x.device)
+    first = 2 * threat.eps if step_size is None else step_size
+    size = torch.full((len(x),), first, dtype=torch.float32, device=x.device)
     now, grad = value_and_gradient(value, x)
     history = [torch.zeros_like(now) if zero_history else now]
     best: tuple[Tensor, ...] = (x.clone(), now, grad)
@@ -125,7 +130,7 @@ def ascend_adaptively(
             grad,
             x0,
             eps=threat.eps,
-            step_size=step_size,
+            step_size=size,
             inertia=0.75 if step else 1.0,
             norm=threat.norm,
             bounds=threat.bounds,
@@ -139,7 +144,7 @@ def ascend_adaptively(
             recent = torch.stack(history[-window - 1 :])
             rises = (recent[1:] > recent[:-1]).sum(0)
             stuck = (rises <= rho * window) | (left_alone & (at_check >= best[1]))
-            step_size = torch.where(stuck, step_size / 2, step_size)
+            size = torch.where(stuck, size / 2, size)
             x, grad = keep(stuck, (best[0], best[2]), (x, grad))
             at_check, left_alone = best[1], ~stuck
             window, since = max(window - shrink, least), 0

@@ -9,8 +9,12 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastmat.errors import UserError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +51,10 @@ class Row:
     command: str
 
 
-FIELDS = typing.get_type_hints(Row)
+Kind = TypeVar("Kind", bound="DataclassInstance")
 
 
-def append_rows(path: Path, rows: Sequence[Row]) -> None:
+def append_rows(path: Path, rows: Sequence[DataclassInstance]) -> None:
     """All of them in one write, so that an interrupted run leaves whole cases."""
     lines = "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows)
     with path.open("a", encoding="utf-8") as file:
@@ -59,23 +63,31 @@ def append_rows(path: Path, rows: Sequence[Row]) -> None:
 
 def read_rows(path: Path) -> list[Row]:
     """Raises UserError naming file, line and field where a row is malformed. No file: no rows."""
+    return read_rows_of(Row, path)
+
+
+def read_rows_of(kind: type[Kind], path: Path) -> list[Kind]:
+    """`read_rows` for rows of another dataclass."""
     if not path.exists():
         return []
-    return [parse(line, f"{path}, line {i}") for i, line in enumerate(path.read_bytes().splitlines(), 1)]
+    fields = typing.get_type_hints(kind)
+    lines = path.read_bytes().splitlines()
+    return [kind(**parse(line, fields, f"{path}, line {i}")) for i, line in enumerate(lines, 1)]
 
 
-def parse(line: bytes, place: str) -> Row:
+def parse(line: bytes, fields: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """The fields of one line, each of its type."""
     try:
         found = json.loads(line)
     except ValueError:  # no JSON, or no UTF-8
         raise UserError(f"{place} is not JSON; remove the line, or restore the file") from None
-    if not isinstance(found, dict) or found.keys() != FIELDS.keys():
-        wrong = sorted(found.keys() ^ FIELDS.keys()) if isinstance(found, dict) else [type(found).__name__]
+    if not isinstance(found, dict) or found.keys() != fields.keys():
+        wrong = sorted(found.keys() ^ fields.keys()) if isinstance(found, dict) else [type(found).__name__]
         raise UserError(f"{place} is no row of a benchmark: {wrong[0]}; remove the line, or restore the file")
-    for name, annotation in FIELDS.items():
+    for name, annotation in fields.items():
         if not fits(found[name], annotation):
             raise UserError(f"{place}: {name} cannot be {found[name]!r}; remove the line, or restore the file")
-    return Row(**found)
+    return found
 
 
 def fits(value: object, annotation: object) -> bool:

@@ -1,7 +1,9 @@
-"""Measure the operators beside their opponents: rows are appended, plots drawn, targets compared.
+"""Measure beside opponents: rows are appended, plots drawn, targets compared.
 
 fastmat bench ops
 fastmat bench ops --device cpu --only pgd contrastive
+fastmat bench attacks --only sga --model FOLDER --mlm FOLDER --data test.json --images 16
+fastmat bench attacks --only pgd --peer CHECKOUT --peer-python OTHER/bin/python
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ from pathlib import Path
 
 import torch
 
+from fastmat.benchmarks.attacks import command as attacks
+from fastmat.benchmarks.attacks.setting import Choice
+from fastmat.benchmarks.attacks.suite import NAMES
 from fastmat.benchmarks.harness import QualityError
 from fastmat.benchmarks.plot import write_plots
 from fastmat.benchmarks.rows import read_rows
@@ -22,12 +27,14 @@ from fastmat.cli.common import Interrupted
 from fastmat.cli.parser import Parser
 from fastmat.errors import UserError, nearest
 
-SUITES = ("ops",)
+SUITES = {"ops": BENCHES, "attacks": NAMES}
+ATTACKS_ALONE = ("model", "mlm", "data", "images", "peer", "peer_python")
 
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("suite", metavar="WHAT", help=f"what to measure: {', '.join(SUITES)}")
-    parser.add_argument("--only", nargs="+", metavar="NAME", default=BENCHES, help=f"some of {', '.join(BENCHES)}")
+    known = "; ".join(f"{suite}: {', '.join(names)}" for suite, names in SUITES.items())
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"some of ({known})")
     parser.add_argument("--device", default="auto", help="auto (a GPU when there is one), cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
     parser.add_argument("--short", action="store_true", help="tiny shapes, in seconds: to see that everything runs")
@@ -35,42 +42,39 @@ def add_arguments(parser: Parser) -> None:
         "--out",
         type=Path,
         metavar="DIR",
-        help="folder whose rows.jsonl grows (default: benchmarks/results/ops; runs/bench with --short)",
+        help="folder whose rows.jsonl grows (default: benchmarks/results/WHAT; runs/bench with --short)",
     )
+    group = parser.add_argument_group("attacks")
+    group.add_argument("--model", metavar="NAME", help="open_clip architecture (random weights) or folder")
+    group.add_argument("--mlm", metavar="DIR", help="masked language model; without: a small random one")
+    group.add_argument("--data", metavar="FILE", help="JSON list, pictures beside it; without: the digits set")
+    group.add_argument("--images", type=int, metavar="N", help="images, with up to 5 captions each (default: 8)")
+    group.add_argument("--peer", type=Path, metavar="DIR", help="checkout of SGA, Co-Attack, torchattacks or RobustVLM")
+    group.add_argument("--peer-python", metavar="FILE", help="Python that runs it (default: this one)")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    for value, known, what in (
-        (arguments.suite, SUITES, "no suite"),
-        *((name, BENCHES, "--only: no bench") for name in arguments.only),
-    ):
-        if value not in known:
-            raise UserError(f"{what} '{value}'{nearest(value, known)}")
-    if arguments.threads < 1:
-        raise UserError(f"--threads must be at least 1, got {arguments.threads}")
+    check(arguments)
     device = resolve_device(arguments.device)
-    out = arguments.out or Path("runs/bench" if arguments.short else "benchmarks/results/ops")
+    place = "runs/bench" if arguments.short else f"benchmarks/results/{arguments.suite}"
+    if arguments.short and arguments.suite == "attacks":
+        place += "-attacks"  # rows of another kind
+    out = arguments.out or Path(place)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
     rows_file = out / "rows.jsonl"
-    before = len(read_rows(rows_file))  # a damaged file is found before an hour of work
+    rows = attacks.known_rows if arguments.suite == "attacks" else read_rows
+    before = len(rows(rows_file))  # a damaged file is found before an hour of work
     out.mkdir(parents=True, exist_ok=True)
     rows_file.touch()  # and so is a folder that takes no files
     torch.set_num_threads(arguments.threads)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, for everybody
     refused: list[QualityError] = []
+    measure = measure_attacks if arguments.suite == "attacks" else measure_ops
+    show = attacks.show if arguments.suite == "attacks" else show_ops
     try:
-        for error in run_cases(
-            tuple(dict.fromkeys(arguments.only)),
-            device,
-            short=arguments.short,
-            rows_file=rows_file,
-            command=command_of(arguments),
-            tell=lambda title: print(f"measuring {title}", file=sys.stderr),
-        ):
-            refused.append(error)
-            print(error, file=sys.stderr)
+        measure(arguments, device, rows_file, refused)
     except KeyboardInterrupt:
         show(out, before)
         raise Interrupted(f"the cases measured so far are in {rows_file}") from None
@@ -79,7 +83,67 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"{len(refused)} of the cases gave a wrong result and have no row: {refused[0]}")
 
 
-def show(out: Path, before: int) -> None:
+def check(arguments: argparse.Namespace) -> None:
+    """Raise UserError on what no suite knows, before anything is loaded."""
+    suite = arguments.suite
+    if suite not in SUITES:
+        raise UserError(f"no suite '{suite}'{nearest(suite, SUITES)}")
+    arguments.only = tuple(dict.fromkeys(arguments.only or SUITES[suite]))
+    for name in arguments.only:
+        if name not in SUITES[suite]:
+            raise UserError(f"--only: no bench '{name}'{nearest(name, SUITES[suite])}")
+    if arguments.threads < 1:
+        raise UserError(f"--threads must be at least 1, got {arguments.threads}")
+    if arguments.images is not None and arguments.images < 2:
+        raise UserError(f"--images must be at least 2, got {arguments.images}: recall needs a second one")
+    given = next((name for name in ATTACKS_ALONE if getattr(arguments, name) is not None), None)
+    if suite != "attacks" and given is not None:
+        raise UserError(f"--{given.replace('_', '-')} belongs to `fastmat bench attacks`")
+    if arguments.peer is None and arguments.peer_python is not None:
+        raise UserError("--peer-python needs --peer, the checkout that it shall run")
+    if arguments.peer is not None and not arguments.peer.is_dir():
+        raise UserError(f"--peer {arguments.peer} is no folder; give a checkout of the original code")
+
+
+def measure_ops(
+    arguments: argparse.Namespace, device: torch.device, rows_file: Path, refused: list[QualityError]
+) -> None:
+    for error in run_cases(
+        arguments.only,
+        device,
+        short=arguments.short,
+        rows_file=rows_file,
+        command=command_of(arguments),
+        tell=lambda title: print(f"measuring {title}", file=sys.stderr),
+    ):
+        refused.append(error)
+        print(error, file=sys.stderr)
+
+
+def measure_attacks(
+    arguments: argparse.Namespace, device: torch.device, rows_file: Path, refused: list[QualityError]
+) -> None:
+    choice = Choice(
+        model=arguments.model,
+        mlm=arguments.mlm,
+        data=arguments.data,
+        images=arguments.images or (2 if arguments.short else 8),
+        short=arguments.short,
+    )
+    request = attacks.Request(
+        names=arguments.only,
+        choice=choice,
+        device=device,
+        peer=arguments.peer,
+        peer_python=arguments.peer_python or sys.executable,
+        command=command_of(arguments),
+    )
+    attacks.measure_attacks(
+        request, rows_file, tell=lambda title: print(f"measuring {title}", file=sys.stderr), refused=refused
+    )
+
+
+def show_ops(out: Path, before: int) -> None:
     """Plots and page of all rows; on the terminal those of this run."""
     rows = read_rows(out / "rows.jsonl")
     if rows:
@@ -90,9 +154,15 @@ def show(out: Path, before: int) -> None:
 
 
 def command_of(arguments: argparse.Namespace) -> str:
-    """The command that gives these rows again, without paths of this machine."""
+    """The command that gives these rows again, without paths of this machine: of a path its last part."""
     words = ["fastmat", "bench", arguments.suite, "--device", arguments.device]
-    if tuple(arguments.only) != BENCHES:
-        words += ["--only", *dict.fromkeys(arguments.only)]
+    if arguments.only != SUITES[arguments.suite]:
+        words += ["--only", *arguments.only]
     words += ["--threads", str(arguments.threads)] + ["--short"] * arguments.short
+    for name in ATTACKS_ALONE[:4]:
+        value = getattr(arguments, name)
+        if value is not None:
+            words += [f"--{name}", Path(value).name if isinstance(value, str) else str(value)]
+    if arguments.peer is not None:
+        words += ["--peer", arguments.peer.resolve().name]
     return " ".join(words)

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from fastmat.benchmarks import suite
-from fastmat.benchmarks.harness import Case, Implementation, Work
-from fastmat.benchmarks.rows import read_rows
+from fastmat.benchmarks.attacks import suite as attacks_suite
+from fastmat.benchmarks.attacks.rows import AttackRow
+from fastmat.benchmarks.harness import Case, Implementation, QualityError, Work
+from fastmat.benchmarks.rows import read_rows, read_rows_of
 
 Fastmat = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).parents[2]
@@ -65,6 +67,12 @@ def test_a_short_run_of_one_bench_twice(fastmat: Fastmat, tmp_path: Path) -> Non
         (["ops", "--device", "cuda:99"], "fastmat: device: 'cuda:99' is not here"),
         (["ops", "--out", "file"], "fastmat: --out file is a file; name a folder"),
         (["ops", "--out", "damaged"], "fastmat: damaged/rows.jsonl, line 1 is not JSON"),
+        (["attacks", "--only", "sgaa"], "fastmat: --only: no bench 'sgaa'; did you mean 'sga'?"),
+        (["attacks", "--images", "1"], "fastmat: --images must be at least 2, got 1"),
+        (["attacks", "--peer", "file"], "fastmat: --peer file is no folder"),
+        (["attacks", "--peer-python", "python"], "fastmat: --peer-python needs --peer"),
+        (["attacks", "--out", "damaged"], "fastmat: damaged/rows.jsonl, line 1 is not JSON"),
+        (["ops", "--model", "ViT-B-16"], "fastmat: --model belongs to `fastmat bench attacks`"),
         ([], "fastmat: the following arguments are required: WHAT"),
     ],
 )
@@ -89,6 +97,42 @@ def test_a_refused_case_has_no_row_and_the_others_go_on(fastmat: Fastmat, tmp_pa
     assert [row.case for row in read_rows(tmp_path / "rows.jsonl")] == ["right"]
     assert "op right" in out
     assert error.splitlines()[-1].startswith("fastmat: 1 of the cases gave a wrong result and have no row: op wrong")
+
+
+def test_a_short_run_of_one_attack(fastmat: Fastmat, tmp_path: Path) -> None:
+    words = ("bench", "attacks", "--short", "--device", "cpu", "--only", "bert_attack", "--out", tmp_path)
+    code, out, error = fastmat(*words)
+    assert code == 0
+    assert "measuring bert_attack (both)" in error
+    assert "at least 8 times the speed of published" in out
+    rows = read_rows_of(AttackRow, tmp_path / "rows.jsonl")
+    assert [(row.kind, row.dtype) for row in rows][:2] == [("published", "float32"), ("fastmat", "float32")]
+    assert len(rows) == 5
+    assert {row.command for row in rows} == {
+        "fastmat bench attacks --device cpu --only bert_attack --threads 1 --short"
+    }
+    assert rows[1].quality["agreement"] == 1
+    assert rows[1].counts["text_encodings"] < rows[0].counts["text_encodings"]
+    assert rows[0].quality["words_tried"] >= 1
+    names = {"README.md", "rows.jsonl", "speed-cpu-1-thread-built-in-at-32-px-2-images.svg"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_an_attack_that_fails_its_gate_has_no_row(
+    fastmat: Fastmat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise QualityError("bert_attack (both), fastmat float32: 1 texts differ")
+
+    monkeypatch.setattr(attacks_suite, "compare", refuse)
+    words = ("bench", "attacks", "--short", "--device", "cpu", "--only", "bert_attack", "--out", tmp_path)
+    code, out, error = fastmat(*words)
+    assert (code, out) == (2, "")
+    assert (tmp_path / "rows.jsonl").read_text() == ""
+    assert error.splitlines()[-1] == (
+        "fastmat: 1 of the cases gave a wrong result and have no row: "
+        "bert_attack (both), fastmat float32: 1 texts differ"
+    )
 
 
 def test_a_bench_named_twice_runs_once(fastmat: Fastmat, tmp_path: Path, cases: list[Case]) -> None:

@@ -30,7 +30,7 @@ class Universal(Attack):
 
     The published budget is eps 12/255 and one word. Of `max_words` one is used; at 0 captions stay as they are.
 
-    epochs: passes over the batches (40). step_size: Adam's, in pixel units; None: a 20th of the radius (L2: of its
+    epochs: passes over the batches (40). step_size: Adam's, in pixel units; None: a tenth of the radius (L2: of its
         root-mean-square share per pixel). Betas are the release's, 0.5 and 0.999.
     scales, noise_std: an image, moved uniformly within eps, is seen as it is and at these scales, as in SGA.
     temperature, alpha: of the objective (0.1, 0.1). targets: images drawn per sample, of which it is pulled to the
@@ -190,7 +190,7 @@ class Universal(Attack):
         """Adam's step size."""
         if self.step_size is not None:
             return self.step_size
-        return self.threat.eps / 20 / (math.sqrt(delta.numel()) if self.threat.norm == "l2" else 1)
+        return self.threat.eps / 10 / (math.sqrt(delta.numel()) if self.threat.norm == "l2" else 1)
 
     @torch.no_grad()
     def views(self, batch: Batch, draws: Draws, epoch: int) -> list[Tensor]:

@@ -23,7 +23,7 @@ ORDER = (
     ("benchmarks",),
     ("cli",),
 )
-LEAVES = {"types", "quirks", "errors"}
+LEAVES = {"types", "quirks", "errors", "memory"}
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
 # Beyond the order: what these may import is listed whole.
 NARROW = {

@@ -10,9 +10,10 @@ from torch import Tensor
 from fastmat import ops
 from fastmat.attacks.base import Attack
 from fastmat.attacks.draws import Draws
+from fastmat.attacks.engine import active
+from fastmat.attacks.graph import Repeated
 from fastmat.attacks.objectives import Contrastive, Objective
-from fastmat.attacks.search import check_steps
-from fastmat.errors import UserError
+from fastmat.attacks.search import check_restarts, check_steps, keep, value_and_gradient
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.quirks import Quirks
 from fastmat.types import AttackContext, Batch, ThreatModel
@@ -45,10 +46,7 @@ class APGD(Attack):
     ) -> None:
         super().__init__(threat=threat, seed=seed)
         check_steps(steps, step_size)
-        if restarts < 1:
-            raise UserError(f"restarts must be at least 1, got {restarts}")
-        if restarts > 1 and not random_start:
-            raise UserError(f"restarts must be 1 without random_start, which makes them differ, got {restarts}")
+        check_restarts(restarts, random_start=random_start)
         self.objective = objective or Contrastive()
         self.steps = steps
         self.step_size = step_size
@@ -118,7 +116,13 @@ def ascend_adaptively(
     x, previous = start.clone(), start.clone()
     first = 2 * threat.eps if step_size is None else step_size
     size = torch.full((len(x),), first, dtype=torch.float32, device=x.device)
-    now, grad = value_and_gradient(value, x)
+
+    def evaluate() -> tuple[Tensor, Tensor]:
+        return value_and_gradient(value, x)
+
+    if active().cuda_graph:
+        evaluate = Repeated(evaluate)  # x, and what it returns, stay where they are: copied where they are kept
+    now, grad = (tensor.clone() for tensor in evaluate())
     history = [torch.zeros_like(now) if zero_history else now]
     best: tuple[Tensor, ...] = (x.clone(), now, grad)
     at_check, left_alone = now, torch.zeros_like(now, dtype=torch.bool)
@@ -136,7 +140,8 @@ def ascend_adaptively(
             bounds=threat.bounds,
             out=x,
         )
-        now, grad = value_and_gradient(value, x, gradient=step + 1 < steps)
+        values, grad = evaluate() if step + 1 < steps else value_and_gradient(value, x, gradient=False)
+        now = values.clone()
         history.append(now)
         best = keep(now > best[1], (x, now, grad), best)
         since += 1
@@ -145,20 +150,8 @@ def ascend_adaptively(
             rises = (recent[1:] > recent[:-1]).sum(0)
             stuck = (rises <= rho * window) | (left_alone & (at_check >= best[1]))
             size = torch.where(stuck, size / 2, size)
-            x, grad = keep(stuck, (best[0], best[2]), (x, grad))
+            restored, grad = keep(stuck, (best[0], best[2]), (x, grad))
+            x.copy_(restored)
             at_check, left_alone = best[1], ~stuck
             window, since = max(window - shrink, least), 0
     return best[0], best[1]
-
-
-@torch.enable_grad()
-def value_and_gradient(value: Callable[[Tensor], Tensor], x: Tensor, *, gradient: bool = True) -> tuple[Tensor, Tensor]:
-    """[B] values, and their gradient with respect to the pixels; `x` in its place where no gradient is needed."""
-    live = x.detach().requires_grad_(gradient)
-    values = value(live)
-    return values.detach(), torch.autograd.grad(values.sum(), live)[0] if gradient else x
-
-
-def keep(chosen: Tensor, new: tuple[Tensor, ...], old: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """`new` where `chosen` [B], else `old`; tensors [B, ...]."""
-    return tuple(torch.where(chosen.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(new, old, strict=True))

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fastmat.attacks.draws import Draws, SeededDraws
+from fastmat.attacks.engine import Engine, active, executing
 from fastmat.errors import UserError
+from fastmat.memory import Chunks
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.ops import project
 from fastmat.quirks import Quirks
@@ -24,13 +26,20 @@ class Attack(abc.ABC):
     """`attack(model, batch, context=None) -> AttackResult`. A subclass writes `run` and keeps its own settings.
 
     An attack that must be fitted to a model or corpus overrides `fit`. `official` is its published behaviour.
+
+    splits: False where an image's result depends on the rest of its batch; such a batch is never split.
+    per_image: names of attributes in which `run` leaves a [B] tensor; after a split they are those of the whole batch.
     """
 
     official: ClassVar[Quirks] = Quirks.official()
+    splits: bool = True
+    per_image: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, *, threat: ThreatModel, seed: int = 0) -> None:
         self.threat = threat
         self.seed = seed
+        self._images = Chunks(item="image", advice="attack on a device with more of it, or a smaller model")
+        self._batches = Chunks(item="batch", advice="choose a smaller batch_size; this attack cannot split a batch")
 
     def fit(self, model: VisionLanguageModel, batches: Iterable[Batch]) -> None:  # noqa: B027
         """Learn what does not depend on the sample. Nothing, by default."""
@@ -49,21 +58,54 @@ class Attack(abc.ABC):
         context: AttackContext | None = None,
         *,
         draws: Draws | None = None,
+        engine: Engine | None = None,
     ) -> AttackResult:
         """Attack `batch`.
 
         context: frozen features to contrast with; default: the clean features of `batch` itself. Hand it in when a
             batch is split, and the split does not change the result.
         draws: replaces the seeded random draws.
+        engine: how it is executed; None: as the attack that calls this one, else the plain way. Where memory runs out,
+            the batch goes on in halves, and so do later ones.
 
-        Raises UserError on a batch outside the threat model's pixel box or with non-finite pixels.
+        Raises UserError on a batch outside the threat model's pixel box or with non-finite pixels, and where memory
+        does not hold one image (an attack that never splits: the batch).
         """
         check_batch(batch, self.threat)
-        with frozen(model):
+        engine = engine or active()
+        draws = draws or SeededDraws(self.seed)
+        with frozen(model), executing(engine, model):
             if context is None:
-                context = context_of(model, batch)
-            images, texts = self.run(model, batch, context, draws or SeededDraws(self.seed))
-        return within_budget(self.threat, batch, images.detach(), tuple(texts))
+                context = self._context(model, batch, engine)
+            images, texts = self._in_parts(model, batch, context, draws, engine)
+        return within_budget(self.threat, batch, images, texts)
+
+    def _context(self, model: VisionLanguageModel, batch: Batch, engine: Engine) -> AttackContext:
+        """Of the whole batch, encoded in parts."""
+        features = self._images.run(
+            len(batch),
+            lambda start, stop: image_features(model, batch.images[start:stop]),
+            at_most=engine.micro_batch,
+        )
+        return context_of(model, batch, features=torch.cat(features))
+
+    def _in_parts(
+        self, model: VisionLanguageModel, batch: Batch, context: AttackContext, draws: Draws, engine: Engine
+    ) -> tuple[Tensor, tuple[str, ...]]:
+        """`run` on as many images at a time as the engine and the memory allow."""
+
+        def part(start: int, stop: int) -> tuple[Tensor, tuple[str, ...], list[Tensor]]:
+            rows = batch if stop - start == len(batch) else batch.rows(start, stop)
+            images, texts = self.run(model, rows, context, draws)
+            return images.detach(), tuple(texts), [getattr(self, name) for name in self.per_image]
+
+        if not self.splits:
+            images, texts, _ = self._batches.run(1, lambda *_: part(0, len(batch)))[0]
+            return images, texts
+        parts = self._images.run(len(batch), part, at_most=engine.micro_batch)
+        for name, values in zip(self.per_image, zip(*(left for *_, left in parts), strict=True), strict=True):
+            setattr(self, name, torch.cat(values))
+        return torch.cat([images for images, *_ in parts]), tuple(text for _, texts, _ in parts for text in texts)
 
 
 def check_batch(batch: Batch, threat: ThreatModel) -> None:
@@ -142,10 +184,21 @@ def text_features(model: VisionLanguageModel, texts: Sequence[str], *, max_lengt
 
 
 @torch.no_grad()
-def context_of(model: VisionLanguageModel, batch: Batch, *, texts: tuple[str, ...] | None = None) -> AttackContext:
-    """The context made of a batch itself: clean image features and the features of `texts` (default: its captions)."""
+def image_features(model: VisionLanguageModel, images: Tensor) -> Tensor:
+    """[B, E] unit features."""
+    return model.encode_image(images).features
+
+
+@torch.no_grad()
+def context_of(
+    model: VisionLanguageModel, batch: Batch, *, texts: tuple[str, ...] | None = None, features: Tensor | None = None
+) -> AttackContext:
+    """The context made of a batch itself: clean image features and the features of `texts` (default: its captions).
+
+    features: [B, E], those of the images where they are known.
+    """
     return AttackContext(
-        image_features=model.encode_image(batch.images).features,
+        image_features=image_features(model, batch.images) if features is None else features,
         image_group=batch.group,
         text_features=text_features(model, batch.texts if texts is None else texts),
         text_group=batch.text_group,

@@ -45,7 +45,7 @@ class MIFGSM(Attack):
     ) -> tuple[Tensor, tuple[str, ...]]:
         value = self.objective.bind(model, batch, context)
         images = ascend(
-            lambda x, step: value(model.encode_image(x)),
+            lambda x, _: value(model.encode_image(x)),
             batch.images,
             batch.images,
             threat=self.threat,

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fastmat import ops
 from fastmat.attacks.draws import Draws
+from fastmat.attacks.engine import active
+from fastmat.attacks.graph import Repeated
 from fastmat.errors import UserError
 from fastmat.types import Batch, ThreatModel
 
@@ -23,27 +25,36 @@ def check_steps(steps: int, step_size: float | None) -> None:
         raise UserError(f"step_size must be a finite number that is not negative, got {step_size}")
 
 
+def check_restarts(restarts: int, *, random_start: bool) -> None:
+    """Raise UserError unless there is a run, and no two runs are the same."""
+    if restarts < 1:
+        raise UserError(f"restarts must be at least 1, got {restarts}")
+    if restarts > 1 and not random_start:
+        raise UserError(f"restarts must be 1 without random_start, which makes them differ, got {restarts}")
+
+
 def random_start(
-    batch: Batch, threat: ThreatModel, draws: Draws, *, one_sided: bool = False, clamp: bool = True
+    batch: Batch, threat: ThreatModel, draws: Draws, *, restart: int = 0, one_sided: bool = False, clamp: bool = True
 ) -> Tensor:
     """A start inside the ball: uniform in the Linf ball, or a uniform direction and radius share in the L2 ball.
 
-    one_sided: Co-Attack's start, uniform in [0, eps] (`Quirks.one_sided_start`).
+    restart: from 0; each has draws of its own. one_sided: Co-Attack's start, uniform in [0, eps]
+    (`Quirks.one_sided_start`).
     """
-    shape = batch.images.shape[1:]
+    shape, again = batch.images.shape[1:], f"/{restart}" if restart else ""
     if threat.norm == "linf":
-        draw, radius = draws.uniform("start", batch.index, shape), None
+        draw, radius = draws.uniform(f"start{again}", batch.index, shape), None
         draw = draw.add(1).div(2) if one_sided else draw
     else:
-        draw = draws.normal("start", batch.index, shape)
-        radius = draws.uniform("start_radius", batch.index, ()).add(1).div(2)
+        draw = draws.normal(f"start{again}", batch.index, shape)
+        radius = draws.uniform(f"start_radius{again}", batch.index, ()).add(1).div(2)
     bounds = threat.bounds if clamp else (-math.inf, math.inf)
     return ops.random_start(batch.images, eps=threat.eps, norm=threat.norm, bounds=bounds, draw=draw, radius=radius)
 
 
 @torch.enable_grad()
 def ascend(
-    value: Callable[[Tensor, int], Tensor],
+    value: Callable[[Tensor, Any], Tensor],
     x0: Tensor,
     start: Tensor,
     *,
@@ -51,22 +62,56 @@ def ascend(
     steps: int,
     step_size: float,
     decay: float | None = None,
+    noise: Callable[[int], Tensor] | None = None,
 ) -> Tensor:
-    """`steps` projected-gradient steps from `start`, maximising `value(x, step) -> [B]`.
+    """`steps` projected-gradient steps from `start`, maximising `value(x, noise(step)) -> [B]`.
 
     Gradients with respect to the pixels only; `x` stays fp32 and inside ball and box after every step. decay: of
-    MI-FGSM's velocity; None: the gradient alone.
+    MI-FGSM's velocity; None: the gradient alone. noise: what is random in a step, a tensor of one shape for all steps,
+    drawn outside of it, so that a captured step gets fresh noise too; None: `value(x, step)`, where the step's number
+    may be used by nothing that is to be captured (`Engine.cuda_graph`).
     """
     if threat.eps == 0:
         return x0
     x = start.clone()  # steps are taken in place
     velocity = None if decay is None else torch.zeros_like(x)
     ball: dict[str, Any] = {"eps": threat.eps, "norm": threat.norm, "bounds": threat.bounds}
-    for step in range(steps):
+    drawn: Any = 0 if noise is None else noise(0)
+
+    def step() -> None:
         live = x.detach().requires_grad_(True)
-        (gradient,) = torch.autograd.grad(value(live, step).sum(), live)
+        (gradient,) = torch.autograd.grad(value(live, drawn).sum(), live)
         if velocity is None or decay is None:
             ops.pgd_step(x, gradient, x0, step_size=step_size, out=x, **ball)
         else:
             ops.momentum_step(x, velocity, gradient, x0, step_size=step_size, decay=decay, out=x, **ball)
+
+    captured = active().cuda_graph
+    take = Repeated(step) if captured else step
+    for number in range(steps):
+        if noise is None:
+            drawn = NoNumber() if captured else number
+        elif number:
+            drawn.copy_(noise(number))  # a captured step reads this very tensor
+        take()
     return x
+
+
+class NoNumber:
+    """Instead of a step's number in a captured step, which is recorded once for all of them."""
+
+    def __format__(self, spec: str) -> str:
+        raise UserError("cuda_graph cannot capture what draws by the number of a step: leave cuda_graph off")
+
+
+@torch.enable_grad()
+def value_and_gradient(value: Callable[[Tensor], Tensor], x: Tensor, *, gradient: bool = True) -> tuple[Tensor, Tensor]:
+    """[B] values, and their gradient with respect to the pixels; `x` in its place where no gradient is needed."""
+    live = x.detach().requires_grad_(gradient)
+    values = value(live)
+    return values.detach(), torch.autograd.grad(values.sum(), live)[0] if gradient else x
+
+
+def keep(chosen: Tensor, new: tuple[Tensor, ...], old: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """`new` where `chosen` [B], else `old`; tensors [B, ...]."""
+    return tuple(torch.where(chosen.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(new, old, strict=True))

@@ -46,6 +46,8 @@ class Square(Attack):
     Raises UserError without a query or with p_init outside (0, 1].
     """
 
+    per_image = ("queries",)
+
     def __init__(
         self,
         *,

@@ -1,6 +1,7 @@
 """Batches out of a retrieval set: in order for evaluation, seeded draws for training, decoded in worker processes.
 
-Workers hand over 8-bit pixels, a quarter of the traffic; the parent makes fp32 in [0, 1] of them.
+Workers hand over 8-bit pixels, a quarter of the traffic; the parent makes fp32 in [0, 1] of them. With an image cache
+(`fastmat.data.image_cache`) pictures are decoded once, and read after that; the batches are the same.
 """
 
 from __future__ import annotations
@@ -9,16 +10,21 @@ import itertools
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fastmat.data.image_cache import open_image_cache
 from fastmat.data.retrieval import RetrievalSet
 from fastmat.errors import UserError
 from fastmat.types import Batch, ImageTransform
+
+Picture = Callable[[int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class EvaluationBatches:
     transform: ImageTransform
     batch_size: int
     workers: int
+    image_cache: Path | None
 
     def __len__(self) -> int:
         return -(-self.dataset.n_images // self.batch_size)
@@ -41,13 +48,25 @@ class EvaluationBatches:
         n = self.dataset.n_images
         return (list(range(start, min(start + self.batch_size, n))) for start in range(0, n, self.batch_size))
 
+    @cached_property
+    def picture(self) -> Picture:
+        return _picture(self.dataset, self.transform, self.workers, self.image_cache)
+
 
 def evaluation_batches(
-    dataset: RetrievalSet, transform: ImageTransform, *, batch_size: int, workers: int = 0
+    dataset: RetrievalSet,
+    transform: ImageTransform,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    image_cache: Path | None = None,
 ) -> EvaluationBatches:
-    """Batches of `batch_size` images (the last may be smaller); `workers` processes decode, 0: this one does."""
+    """Batches of `batch_size` images (the last may be smaller); `workers` processes decode, 0: this one does.
+
+    image_cache: a folder for decoded images; filled at the first iteration where it has no such images.
+    """
     _check(batch_size, workers)
-    return EvaluationBatches(dataset, transform, batch_size, workers)
+    return EvaluationBatches(dataset, transform, batch_size, workers, image_cache)
 
 
 class TrainingBatches:
@@ -55,7 +74,7 @@ class TrainingBatches:
 
     Every epoch is a new permutation of the images, cut into `steps_per_epoch` batches of distinct images; what is left
     over is dropped. Each image brings `captions_per_image` of its captions, drawn without replacement (all it has,
-    where it has fewer).
+    where it has fewer). image_cache: as in `evaluation_batches`; filled when a batch is first asked for.
     """
 
     def __init__(
@@ -67,6 +86,7 @@ class TrainingBatches:
         captions_per_image: int = 1,
         seed: int,
         workers: int = 0,
+        image_cache: Path | None = None,
     ) -> None:
         _check(batch_size, workers)
         if batch_size > dataset.n_images:
@@ -83,6 +103,7 @@ class TrainingBatches:
         self.captions_per_image = captions_per_image
         self.seed = seed
         self.workers = workers
+        self.image_cache = image_cache
         self.steps_per_epoch = dataset.n_images // batch_size
         # Consecutive steps share an epoch; two, because workers may already ask for the next one.
         self._order = lru_cache(maxsize=2)(self._permutation)
@@ -90,7 +111,7 @@ class TrainingBatches:
     def batch(self, step: int) -> Batch:
         """The batch of `step` (from 0), decoded here."""
         rows = self._rows(step)
-        images = torch.stack([self.transform(self.dataset.load(row)) for row in rows])
+        images = torch.stack([self.picture(row) for row in rows])
         return self._assemble(step, rows, images)
 
     def iterate(self, start: int, stop: int) -> Iterator[Batch]:
@@ -98,6 +119,10 @@ class TrainingBatches:
         decoded = _decode(self, lambda: map(self._rows, range(start, stop)))
         for step, images in zip(range(start, stop), decoded, strict=True):
             yield self._assemble(step, self._rows(step), images)
+
+    @cached_property
+    def picture(self) -> Picture:
+        return _picture(self.dataset, self.transform, self.workers, self.image_cache)
 
     def _permutation(self, epoch: int) -> list[int]:
         return np.random.default_rng([self.seed, 0, epoch]).permutation(self.dataset.n_images).tolist()
@@ -134,12 +159,25 @@ def _assemble(dataset: RetrievalSet, rows: list[int], images: Tensor, captions: 
     )
 
 
+def _picture(dataset: RetrievalSet, transform: ImageTransform, workers: int, folder: Path | None) -> Picture:
+    """Row to uint8 [3, S, S], by decoding or, below `folder`, out of a cache that is made first where it is missing."""
+    decoded = Decoded(dataset.load, transform)
+    if folder is None:
+        return decoded
+    rows = ([row] for row in range(dataset.n_images))
+    return open_image_cache(folder, dataset, transform, lambda: _read(decoded, workers, lambda: rows))
+
+
 def _decode(batches: EvaluationBatches | TrainingBatches, rows: Callable[[], Iterable[list[int]]]) -> Iterator[Tensor]:
     """uint8 [B, 3, H, W] for each list of rows, in order."""
+    return _read(batches.picture, batches.workers, rows)
+
+
+def _read(picture: Picture, workers: int, rows: Callable[[], Iterable[list[int]]]) -> Iterator[Tensor]:
     loader = DataLoader(
-        _Pictures(batches.dataset, batches.transform),
+        _Pictures(picture),
         batch_sampler=_Plan(rows),
-        num_workers=batches.workers,
+        num_workers=workers,
         collate_fn=_stack,
         worker_init_fn=_leave_interrupts_to_parent,
         generator=torch.Generator(),  # else every iteration takes a number from the global stream
@@ -151,14 +189,24 @@ def _decode(batches: EvaluationBatches | TrainingBatches, rows: Callable[[], Ite
         yield images
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """Row to uint8 [3, S, S], out of the picture."""
+
+    load: Callable[[int], Image.Image]
+    transform: ImageTransform
+
+    def __call__(self, row: int) -> Tensor:
+        return self.transform(self.load(row))
+
+
 class _Pictures(Dataset[Tensor | UserError]):
-    def __init__(self, dataset: RetrievalSet, transform: ImageTransform) -> None:
-        self.load = dataset.load
-        self.transform = transform
+    def __init__(self, picture: Picture) -> None:
+        self.picture = picture
 
     def __getitem__(self, row: int) -> Tensor | UserError:
         try:
-            return self.transform(self.load(row))
+            return self.picture(row)
         except UserError as error:
             return error
 

@@ -1,0 +1,117 @@
+"""How an attack is executed, never what it computes: arithmetic of the encoders, compilation, graphs, micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from types import MethodType
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fastmat.errors import UserError
+from fastmat.models.protocol import ImageState, TextState, TextTokens, VisionLanguageModel
+
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """Handed to an attack: `attack(model, batch, context, engine=Engine(precision="bf16"))`.
+
+    precision: of both encoders. "bf16" is autocast inside them: the model normalises fp32 images first, and states,
+        objectives, gradients of pixels and the images themselves stay fp32. An approximation; "fp32" is exact.
+    compile: torch.compile of the image encoder, once per model; sums are taken in another order.
+    cuda_graph: steps of a search are captured once per batch and replayed, which pays where the GPU waits for Python:
+        small batches. The same arithmetic. CUDA only.
+    micro_batch: most images at once, None: the batch. Halved where memory runs out. The context is that of the whole
+        batch, so that nothing depends on it.
+    Raises UserError for another precision or a micro_batch below 1.
+    """
+
+    precision: Precision = "fp32"
+    compile: bool = False
+    cuda_graph: bool = False
+    micro_batch: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in get_args(Precision):
+            raise UserError(f"precision must be one of {', '.join(get_args(Precision))}, got {self.precision!r}")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise UserError(f"micro_batch must be at least 1, got {self.micro_batch}")
+
+
+_active: ContextVar[Engine | None] = ContextVar("engine", default=None)
+
+
+def active() -> Engine:
+    """The engine of the attack that runs now."""
+    return _active.get() or Engine()
+
+
+@contextmanager
+def executing(engine: Engine, model: VisionLanguageModel) -> Iterator[None]:
+    """Inside, `model` encodes and searches step as `engine` says; as before outside.
+
+    The model itself is changed, as `frozen` changes it: whatever holds it, asks what it is or keeps a cache for it goes
+    on with the same object. An attack inside an attack inherits the engine, or brings its own.
+    """
+    assert isinstance(model, nn.Module)
+    device = model.logit_scale.device
+    if engine.cuda_graph and device.type != "cuda":
+        raise UserError(f"cuda_graph needs a model on a CUDA device, this one is on {device}: leave cuda_graph off")
+    names = ("encode_image", "encode_text")
+    before = {name: vars(model)[name] for name in names if name in vars(model)}
+    token = _active.set(engine)
+    try:
+        if engine.precision != "fp32" or engine.compile:
+            vars(model).update(zip(names, _encoders(model, device.type), strict=True))
+        yield
+    finally:
+        _active.reset(token)
+        for name in names:
+            vars(model).pop(name, None)
+        vars(model).update(before)
+
+
+def _encoders(
+    model: VisionLanguageModel, device: str
+) -> tuple[Callable[[Tensor], ImageState], Callable[[TextTokens], TextState]]:
+    """The encoders of `model`, executed as the engine that is active when they are called says."""
+    of_images, of_texts = model.encode_image, model.encode_text
+
+    def arithmetic() -> AbstractContextManager[object]:
+        return torch.autocast(device, torch.bfloat16) if active().precision == "bf16" else nullcontext()
+
+    def encode_image(images: Tensor) -> ImageState:
+        with arithmetic():
+            if active().compile and isinstance(of_images, MethodType):
+                state = compiled(of_images.__func__)(model, images)
+            else:
+                state = of_images(images)
+        return state._replace(
+            tokens=None if state.tokens is None else state.tokens.float(),
+            embeds=state.embeds.float(),
+            features=state.features.float(),
+        )
+
+    def encode_text(tokens: TextTokens) -> TextState:
+        with arithmetic():
+            state = of_texts(tokens)
+        return state._replace(
+            tokens=None if state.tokens is None else state.tokens.float(),
+            embeds=state.embeds.float(),
+            features=state.features.float(),
+        )
+
+    return encode_image, encode_text
+
+
+@cache
+def compiled(encode: Callable[..., ImageState]) -> Callable[..., ImageState]:
+    """One program per model and kind of gradient; the second batch size seen makes it one for any."""
+    return torch.compile(encode)

@@ -10,30 +10,21 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from fastmat.build import build_attack, build_data, build_model, build_threat, resolve_device
-from fastmat.cli.common import (
-    Interrupted,
-    MlmLoader,
-    add_config_arguments,
-    check_out,
-    counted,
-    fingerprint,
-    label_of,
-    progress,
-)
+from fastmat.attacks.engine import Engine
+from fastmat.build import build_data, build_model, build_threat, construct, resolve_device
+from fastmat.cli.common import Interrupted, MlmLoader, add_config_arguments, check_out, fingerprint, label_of
 from fastmat.cli.config import AttackConfig
 from fastmat.cli.keys import describe
 from fastmat.cli.load import load_config, plain
+from fastmat.cli.making import attack_with_hash, make_set, plan_set
 from fastmat.cli.parser import Parser
+from fastmat.cli.together import stoppable, together
 from fastmat.data.loader import evaluation_batches
-from fastmat.evaluation.adversarial_set import MANIFEST, AdversarialSetWriter
-from fastmat.evaluation.evaluate import encode_gallery, gallery_context, run_attack
-from fastmat.evaluation.manifest import Manifest, config_fingerprint
-from fastmat.evaluation.results import Threat
-from fastmat.training.interrupt import interruptible
+from fastmat.evaluation.adversarial_set import MANIFEST
+from fastmat.evaluation.evaluate import encode_gallery, gallery_context
 
 # These decide how fast a set is made, not what is in it; an interrupted run may go on with others.
-SPEED_KEYS = ("batch_size", "workers", "shard_size")
+SPEED_KEYS = ("batch_size", "workers", "image_cache", "shard_size", "engine")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -47,44 +38,58 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def write_attacked(config: AttackConfig, out: Path, *, resume: bool = False) -> None:
-    """Write, or finish, the adversarial set at `out`."""
+    """Write, or finish, the adversarial set at `out`; in several processes where a launcher started them."""
     threat = build_threat(config.threat)
+    engine = construct(Engine, config.engine, where="engine")
     device = resolve_device(config.device)
     check_out(out, resume=resume, sign=MANIFEST)
-    mlm = MlmLoader(config.mlm, device)
-    attack = build_attack(config.attack, threat=threat, mlm=mlm, seed=config.seed)
-    dataset = build_data(config.data, limit=config.limit)
-    model = build_model(config.model, device=device)
-    batches = evaluation_batches(dataset, model.image_transform, batch_size=config.batch_size, workers=config.workers)
-    resolved = {key: value for key, value in plain(config).items() if key not in SPEED_KEYS}
-    resolved["mlm_sha256"] = mlm.sha256
-    plan = Manifest(
-        model=fingerprint(model),
-        data=dataset.fingerprint(),
-        config_sha256=config_fingerprint(resolved),
-        config=resolved,
-        surrogate=label_of(config.model),
-        image_transform=model.image_transform,
-        attack=config.attack.name,
-        threat=Threat(eps=threat.eps, norm=threat.norm, max_words=threat.max_words),
-        dataset=dataset.name,
-        split=dataset.split,
-        seed=config.seed,
-        n_images=dataset.n_images,
-    )
-    context = gallery_context(encode_gallery(model, batches))
-    with (
-        interruptible() as stop_asked,
-        AdversarialSetWriter(out, plan=plan, ids=dataset.ids, shard_images=config.shard_size) as writer,
-        progress(dataset.n_captions, f"{config.attack.name} on {dataset.name}") as bar,
-    ):
-        bar.update(sum(map(len, dataset.captions[: writer.n_done])))
-        for attacked in counted(run_attack(model, attack, writer.missing(batches), context), bar):
-            writer.add(attacked)
-            if stop_asked():
-                break
-    if writer.n_done < dataset.n_images:
-        raise Interrupted(
-            f"{writer.n_done} of {dataset.n_images} images are saved in {out}; the same command with --resume goes on"
+    with together() as processes, stoppable() as stop_asked:
+        device = processes.device(device)
+        attack, mlm_sha256 = attack_with_hash(
+            config.attack, threat=threat, mlm=MlmLoader(config.mlm, device), seed=config.seed, where="attack"
         )
-    print(f"{writer.n_done} images and {dataset.n_captions} captions, attacked by {config.attack.name}: {out}")
+        dataset = build_data(config.data, limit=config.limit)
+        model = build_model(config.model, device=device)
+        batches = evaluation_batches(
+            dataset,
+            model.image_transform,
+            batch_size=config.batch_size,
+            workers=config.workers,
+            image_cache=config.image_cache,
+        )
+        resolved = {key: value for key, value in plain(config).items() if key not in SPEED_KEYS}
+        resolved |= {"mlm_sha256": mlm_sha256, "precision": engine.precision}
+        if not attack.splits:
+            resolved["batch_size"] = config.batch_size
+        rows = range(dataset.n_images)
+        plan = plan_set(
+            weights=fingerprint(model),
+            image_transform=model.image_transform,
+            surrogate=label_of(config.model),
+            label=config.attack.name,
+            attack=attack,
+            dataset=dataset,
+            rows=rows,
+            config=resolved,
+            seed=config.seed,
+            source={"data": plain(config.data), "limit": config.limit},
+        )
+        done = make_set(
+            out,
+            plan=plan,
+            surrogate=model,
+            attack=attack,
+            engine=engine,
+            batches=batches,
+            rows=rows,
+            context=lambda: gallery_context(encode_gallery(model, batches)),
+            shard_images=config.shard_size,
+            processes=processes,
+            stop_asked=stop_asked,
+        )
+    if done < dataset.n_images:
+        raise Interrupted(
+            f"{done} of {dataset.n_images} images are saved in {out}; the same command with --resume goes on"
+        )
+    if processes.first:
+        print(f"{done} images and {dataset.n_captions} captions, attacked by {config.attack.name}: {out}")

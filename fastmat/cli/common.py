@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -15,7 +14,6 @@ from tqdm import tqdm
 from fastmat.build import Component, build_mlm
 from fastmat.cli.processes import is_first_process
 from fastmat.errors import UserError
-from fastmat.evaluation.evaluate import Attacked
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.models.weights import weights_hash
 
@@ -89,15 +87,4 @@ class MlmLoader:
 
 def progress(total: int, what: str) -> tqdm[NoReturn]:
     """A bar of captions with rate and remaining time; silent where nobody watches."""
-    return tqdm(total=total, desc=what, unit="pair", disable=None, dynamic_ncols=True)
-
-
-def counted(
-    attacked: Iterable[Attacked], bar: tqdm[NoReturn], *, stop_asked: Callable[[], bool] = lambda: False
-) -> Iterator[Attacked]:
-    """The same, moving the bar by the captions of each batch; interrupts after the batch in which it was asked to."""
-    for part in attacked:
-        bar.update(len(part.sources))
-        if stop_asked():
-            raise KeyboardInterrupt
-        yield part
+    return tqdm(total=total, desc=what, unit="pair", disable=None if is_first_process() else True, dynamic_ncols=True)

@@ -73,6 +73,9 @@ Settings = Annotated[dict[str, Any], Fields("fastmat.training.settings:TrainSett
 
 # Keys that several commands have.
 Threat = Annotated[dict[str, Any], Fields("fastmat.types:ThreatModel"), Field(description="the budgets of the attack")]
+EngineSettings = Annotated[
+    dict[str, Any], Fields("fastmat.attacks.engine:Engine"), Field(description="how attacks are executed")
+]
 Mlm = Annotated[
     str | None, Field(description="a transformers BertForMaskedLM, folder or hub id; attacks on words need it")
 ]
@@ -82,6 +85,7 @@ EvalBatch = Annotated[int, Field(gt=0, description="images at a time; changes no
 TrainBatch = Annotated[int, Field(gt=0, description="images per step, all processes together")]
 Captions = Annotated[int, Field(gt=0, description="captions drawn per image and step")]
 Workers = Annotated[int, Field(ge=0, description="processes that decode images")]
+ImageCache = Annotated[Path | None, Field(description="folder for decoded images: decoded once, read after that")]
 Limit = Annotated[int | None, Field(gt=0, description="use the first N images only")]
 Shown = Annotated[int, Field(ge=0, description="images in the report's gallery")]
 
@@ -94,10 +98,12 @@ class AttackConfig(Section):
     mlm: Mlm = None
     threat: Threat = {}
     attack: AttackChoice = Field(description="the attack")
+    engine: EngineSettings = {}
     seed: Seed = 0
     device: Device = "auto"
     batch_size: EvalBatch = 32
     workers: Workers = 0
+    image_cache: ImageCache = None
     limit: Limit = None
     shard_size: int = Field(256, gt=0, description="images per file of the adversarial set")
 
@@ -129,20 +135,51 @@ class EvalConfig(Section):
     """`fastmat eval`."""
 
     victims: dict[Label, Victim] = Field(min_length=1, description="models to judge, one by one, by label")
-    surrogate: Model | None = Field(None, description="whose gradients are used; null: each victim's own (white box)")
+    surrogates: dict[Label, Model] = Field(
+        {},
+        description="whose gradients are used, by label: every attack is run once on each and judged on all victims; "
+        "none: each victim is attacked through its own",
+    )
     data: Data = Field(description="images and captions to rank")
     mlm: Mlm = None
     threat: Threat = {}
-    attacks: dict[Label, AttackChoice] = Field({}, description="attacks to run, by label; the last one is illustrated")
+    attacks: dict[Label, AttackChoice] = Field(
+        {}, description="attacks to run, by label; the last one on all images is illustrated"
+    )
+    subset: dict[Label, Annotated[int, Field(gt=0)]] = Field(
+        {},
+        description="for attacks too slow for all images, by label: how many images, drawn by the seed, are attacked "
+        "with their captions; they query the whole gallery, whose other entries stay clean",
+    )
     sets: tuple[Path, ...] = Field((), description="folders that `fastmat attack` wrote, judged as they are")
     eps: tuple[Number, ...] = Field((), description="more radii for attacks on images: the robustness curve")
+    keep_sets: bool = Field(False, description="keep the adversarial sets under sets/ when they have been judged")
+    engine: EngineSettings = {}
     seed: Seed = 0
     device: Device = "auto"
     batch_size: EvalBatch = 32
     workers: Workers = 0
+    image_cache: ImageCache = None
     limit: Limit = None
     examples: Shown = 8
     resamples: int = Field(1000, gt=0, description="bootstrap resamples behind the 95 % intervals")
+
+    @model_validator(mode="after")
+    def subset_of_attacks(self) -> EvalConfig:
+        for label in self.subset:
+            if label not in self.attacks:
+                raise UserError(f"subset: '{label}' is no label of attacks{nearest(label, self.attacks)}")
+        return self
+
+
+class ExportConfig(Section):
+    """`fastmat export`: the clean images of a set; what is not given is what the set was made of."""
+
+    data: Data = Field(description="the images and captions that were attacked")
+    limit: Limit = None
+    rows: tuple[int, ...] | None = Field(None, description="those attacked, where not all were")
+    batch_size: EvalBatch = 32
+    workers: Workers = 0
 
 
 class Harden(Section):

@@ -1,69 +1,42 @@
-"""Rank images and captions of a data set, clean and attacked, by one victim or several.
+"""Rank images and captions of a data set, clean and attacked: surrogates x attacks x victims.
 
-Writes results.json, examples.json and report.html. A victim is attacked through its own gradients
-(white box) unless `surrogate` names another model. Resumable, row by row.
+Writes results.json, examples.json and report.html. Every attack is run once on each surrogate and
+judged on all victims; without surrogates, each victim is attacked through its own gradients (white
+box). With --resume, whatever still has the same inputs is kept: rows, and what a killed run had
+attacked. Several processes (accelerate launch, torchrun) attack together.
 
     fastmat eval --config clip-vit-b16-flickr30k-eval --out runs/eval
+    fastmat eval --config clip-vit-b16-flickr30k-eval --out runs/transfer \\
+      'surrogates={b32: {name: open_clip, architecture: ViT-B-32, pretrained: openai}}'
     fastmat eval --config clip-vit-b16-flickr30k-eval --out runs/sets 'sets=[runs/sga]' 'attacks={}'
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-
-from fastmat.attacks.base import Attack
-from fastmat.build import (
-    Component,
-    build_attack,
-    build_data,
-    build_model,
-    build_threat,
-    check_weights,
-    resolve_device,
-)
-from fastmat.cli.common import (
-    Interrupted,
-    MlmLoader,
-    add_config_arguments,
-    check_out,
-    counted,
-    fingerprint,
-    label_of,
-    progress,
-)
-from fastmat.cli.config import EvalConfig, Victim
+from fastmat.attacks.engine import Engine
+from fastmat.build import build_data, build_threat, check_weights, construct, resolve_device
+from fastmat.cli.cells import Cell, Cells
+from fastmat.cli.common import Interrupted, MlmLoader, add_config_arguments, check_out
+from fastmat.cli.config import EvalConfig
 from fastmat.cli.keys import describe
 from fastmat.cli.load import load_config, plain
+from fastmat.cli.making import attack_with_hash, inputs_of
 from fastmat.cli.parser import Parser
+from fastmat.cli.processes import is_first_process
 from fastmat.cli.rows import Rows
 from fastmat.cli.showcase import Showcase
-from fastmat.cli.table import radius, table
-from fastmat.data.loader import EvaluationBatches, evaluation_batches
-from fastmat.data.retrieval import RetrievalSet
+from fastmat.cli.table import table
+from fastmat.cli.together import stoppable, together
 from fastmat.evaluation.adversarial_set import AdversarialSet
-from fastmat.evaluation.evaluate import (
-    Attacked,
-    clean_ranks,
-    clean_row,
-    encode_gallery,
-    evaluate,
-    gallery_context,
-    run_attack,
-)
-from fastmat.evaluation.metrics import Ranks
-from fastmat.evaluation.results import Results, Row, Setting, Threat, environment
-from fastmat.models.protocol import VisionLanguageModel
+from fastmat.evaluation.results import Results, environment
+from fastmat.evaluation.subset import draw_rows
 from fastmat.report.html import write_report
-from fastmat.training.interrupt import interruptible
-from fastmat.types import AttackContext, Batch, ImageTransform
 
-SPEED_KEYS = ("batch_size", "workers")
+SPEED_KEYS = ("batch_size", "workers", "image_cache", "keep_sets")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -80,183 +53,82 @@ def run(arguments: argparse.Namespace) -> None:
         file = arguments.out / "results.json"
         said = f"finished rows are in {file}; the same command with --resume goes on" if file.exists() else None
         raise Interrupted(said or "no row was finished, nothing was written") from error
-    print(table(results.rows))
-    print(write_report(arguments.out))
+    if is_first_process():
+        print(table(results.rows))
+        print(arguments.out / "report.html")
 
 
 def evaluate_models(config: EvalConfig, out: Path, *, resume: bool = False) -> Results:
     """Every row that `config` asks for, in `out/results.json`, and the report."""
     threat = build_threat(config.threat)
+    engine = construct(Engine, config.engine, where="engine")
     device = resolve_device(config.device)
     for label, victim in config.victims.items():
         check_weights(victim.model, where=f"victims.{label}.model")
-    mlm = MlmLoader(config.mlm, device)
+    for label, model in config.surrogates.items():
+        check_weights(model, where=f"surrogates.{label}")
     more = [build_threat({**config.threat, "eps": eps}, where="eps") for eps in config.eps]
     radii = [threat, *(other for other in more if other != threat)]
-    attacks = {
-        label: [build_attack(c, threat=t, mlm=mlm, seed=config.seed, where=f"attacks.{label}") for t in radii]
-        for label, c in config.attacks.items()
-    }
-    dataset = build_data(config.data, limit=config.limit)
-    sets = [AdversarialSet(folder, data=dataset.fingerprint()) for folder in config.sets]
-    resolved = {key: value for key, value in plain(config).items() if key not in SPEED_KEYS}
-    resolved["mlm_sha256"] = mlm.sha256
-    rows = Rows(out, config=resolved, environment=environment(device), resume=resume)
-    shown = [*attacks, *(stored.manifest.attack for stored in sets)]
-    showcase = Showcase(
-        out, attack=shown[-1] if shown else None, count=config.examples, seed=config.seed, ids=dataset.ids
-    )
-    with interruptible() as stop_asked:
-        bench = Bench(
+    with together() as processes, stoppable() as stop_asked:
+        device = processes.device(device)
+        mlm = MlmLoader(config.mlm, device)
+        built = {
+            label: [
+                (c, *attack_with_hash(c, threat=t, mlm=mlm, seed=config.seed, where=f"attacks.{label}")) for t in radii
+            ]
+            for label, c in config.attacks.items()
+        }
+        dataset = build_data(config.data, limit=config.limit)
+        cells = {
+            label: [
+                Cell(
+                    label=label,
+                    attack=attack,
+                    inputs=inputs_of(
+                        component,
+                        attack,
+                        engine=engine,
+                        mlm_sha256=mlm_sha256,
+                        seed=config.seed,
+                        batch_size=config.batch_size,
+                    ),
+                    rows=draw_rows(dataset.n_images, config.subset.get(label, dataset.n_images), seed=config.seed),
+                )
+                for component, attack, mlm_sha256 in variants
+            ]
+            for label, variants in built.items()
+        }
+        sets = [AdversarialSet(folder, data=dataset.fingerprint()) for folder in config.sets]
+        resolved = {key: value for key, value in plain(config).items() if key not in SPEED_KEYS}
+        resolved["mlm_sha256"] = mlm.sha256
+        rows = Rows(out, config=resolved, environment=environment(device), resume=resume)
+        shown = [label for label, (cell, *_) in cells.items() if len(cell.rows) == dataset.n_images]
+        shown += [stored.manifest.attack for stored in sets]
+        showcase = Showcase(
+            out, attack=shown[-1] if shown else None, count=config.examples, seed=config.seed, ids=dataset.ids
+        )
+        matrix = Cells(
             config=config,
             dataset=dataset,
             device=device,
-            attacks=attacks,
+            engine=engine,
+            cells=cells,
             sets=sets,
+            out=out,
             rows=rows,
             showcase=showcase,
+            processes=processes,
             stop_asked=stop_asked,
         )
-        if config.surrogate is not None:
-            bench.judge(label_of(config.surrogate), config.surrogate, config.victims)
+        if config.surrogates:
+            matrix.judge(config.surrogates, config.victims)
         else:
             for label, victim in config.victims.items():
-                bench.judge(label, victim.model, {label: victim})
-    write_report(out)
-    return rows.results
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bench:
-    """What all rows of a run share. attacks: label to the same attack at every radius, the main one first.
-
-    stop_asked: whether Ctrl-C came; the batch or row at hand is finished, then KeyboardInterrupt is raised.
-    """
-
-    config: EvalConfig
-    dataset: RetrievalSet
-    device: torch.device
-    attacks: Mapping[str, Sequence[Attack]]
-    sets: Sequence[AdversarialSet]
-    rows: Rows
-    showcase: Showcase
-    stop_asked: Callable[[], bool]
-
-    def judge(self, name: str, surrogate: Component, victims: Mapping[str, Victim]) -> None:
-        """Rows of `victims`: clean, attacked through `surrogate` (called `name` in the table), and on stored sets."""
-        attacked_model = build_model(surrogate, device=self.device, where="surrogate")
-        models = {
-            label: attacked_model
-            if victim.model == surrogate
-            else build_model(victim.model, device=self.device, where=f"victims.{label}.model")
-            for label, victim in victims.items()
-        }
-        clean = {label: self.clean(label, model) for label, model in models.items()}
-        if self.attacks:
-            batches = self.batches(attacked_model.image_transform)
-            context = gallery_context(encode_gallery(attacked_model, batches))
-            for label, attacks in self.attacks.items():
-                self.judge_attack(label, attacks, name, attacked_model, models, clean, batches, context)
-        for stored in self.sets:
-            self.judge_set(stored, models, clean)
-
-    def clean(self, label: str, model: VisionLanguageModel) -> Ranks:
-        """A victim's clean ranks, and their row."""
-        ranks = clean_ranks(model, self.batches(model.image_transform))
-        setting = self.setting(label, victim=label, seed=self.config.seed)
-        if self.rows.find(setting) is None:
-            self.save(clean_row(ranks, setting=setting, resamples=self.config.resamples))
-        return ranks
-
-    def judge_attack(
-        self,
-        label: str,
-        attacks: Sequence[Attack],
-        name: str,
-        surrogate: VisionLanguageModel,
-        models: Mapping[str, VisionLanguageModel],
-        clean: Mapping[str, Ranks],
-        batches: EvaluationBatches,
-        context: AttackContext,
-    ) -> None:
-        """One attack at every radius, white box for the victim that is the surrogate.
-
-        An attack that leaves images alone at the first radius needs no others.
-        """
-        for attack in attacks:
-            budget = Threat(eps=attack.threat.eps, norm=attack.threat.norm, max_words=attack.threat.max_words)
-            settings = {
-                victim: self.setting(
-                    victim if model is surrogate else name, victim=victim, attack=label, threat=budget, seed=attack.seed
-                )
-                for victim, model in models.items()
-            }
-            if any(self.rows.find(setting) is None for setting in settings.values()):
-                shown = attack is attacks[0] and self.showcase.wants(label)
-                with progress(self.dataset.n_captions, f"{label} on {name}, {radius(budget)}") as bar:
-                    attacked: Iterable[Attacked] = counted(
-                        run_attack(surrogate, attack, batches, context), bar, stop_asked=self.stop_asked
-                    )
-                    if shown or len(models) > 1:
-                        attacked = list(attacked)
-                    for victim, setting in settings.items():
-                        self.add(models[victim], attacked, clean[victim], setting, show=batches if shown else None)
-            row = self.rows.find(next(iter(settings.values())))
-            if row is not None and row.max_distance == 0:
-                break
-
-    def judge_set(
-        self, stored: AdversarialSet, models: Mapping[str, VisionLanguageModel], clean: Mapping[str, Ranks]
-    ) -> None:
-        """A stored set, measured against the clean images; it is white box for the victim whose weights made it."""
-        made = stored.manifest
-        batches = self.batches(made.image_transform)
-        measured = False
-        for label, model in models.items():
-            surrogate = label if fingerprint(model) == made.model else made.surrogate
-            setting = self.setting(surrogate, victim=label, attack=made.attack, threat=made.threat, seed=made.seed)
-            if self.rows.find(setting) is None:
-                if not measured:
-                    stored.check_budget(batches)
-                    measured = True
-                show = batches if self.showcase.wants(made.attack) else None
-                self.add(model, stored, clean[label], setting, show=show)
-
-    def add(
-        self,
-        model: VisionLanguageModel,
-        attacked: Iterable[Attacked],
-        clean: Ranks,
-        setting: Setting,
-        *,
-        show: Iterable[Batch] | None,
-    ) -> None:
-        """A row, after its examples. show: the clean data as it was attacked, when examples are wanted."""
-        row = evaluate(model, attacked, clean=clean, setting=setting, resamples=self.config.resamples)
-        if show is not None:
-            self.showcase.add(model, show, attacked, clean, setting)
-        self.save(row)
-
-    def save(self, row: Row) -> None:
-        self.rows.add(row)
-        if self.stop_asked():
-            raise KeyboardInterrupt
-
-    def batches(self, transform: ImageTransform) -> EvaluationBatches:
-        """The data as a model wants it."""
-        config = self.config
-        return evaluation_batches(self.dataset, transform, batch_size=config.batch_size, workers=config.workers)
-
-    def setting(
-        self, surrogate: str, *, victim: str, seed: int, attack: str = "none", threat: Threat | None = None
-    ) -> Setting:
-        return Setting(
-            surrogate=surrogate,
-            victim=victim,
-            defence=self.config.victims[victim].defence,
-            attack=attack,
-            threat=threat or Threat(),
-            dataset=self.dataset.name,
-            split=self.dataset.split,
-            seed=seed,
-        )
+                matrix.judge({label: victim.model}, {label: victim})
+        if processes.first:
+            matrix.finish()
+            write_report(out)
+            if rows.kept or matrix.found:
+                total = rows.kept + rows.made
+                print(f"inputs unchanged: {rows.kept} of {total} rows kept, {matrix.found} adversarial sets taken up")
+        return processes.agreed(lambda: rows.results)

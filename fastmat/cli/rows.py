@@ -6,36 +6,51 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastmat.errors import UserError
 from fastmat.evaluation.results import Results, Row, Setting, read_results, write_results
 
 
 class Rows:
-    """`folder/results.json`; with `resume`, the rows that stand there are kept and not evaluated again.
+    """`folder/results.json`; with `resume`, a row that stands there is kept when its inputs are still the same.
 
-    Raises UserError when the rows there were made with another config.
+    kept, made: how many rows were taken over and how many are new.
     """
 
     def __init__(
         self, folder: Path, *, config: Mapping[str, Any], environment: Mapping[str, Any], resume: bool
     ) -> None:
         self.folder = folder
-        rows: list[Row] = []
+        self.kept = self.made = 0
+        self.results = Results(rows=[], config=dict(config), environment=dict(environment))
+        # Behind those of this run until it is finished, so that an interruption loses none of them.
+        self._earlier: list[Row] = []
         if resume and (folder / "results.json").exists():
-            found = read_results(folder)
-            different = [key for key in config if found.config.get(key) != config[key]]
-            if different:
-                raise UserError(
-                    f"{folder} was begun with another '{different[0]}'; repeat that config, or name a new folder"
-                )
-            rows = found.rows
-        self.results = Results(rows=rows, config=dict(config), environment=dict(environment))
+            self._earlier = read_results(folder).rows
 
-    def find(self, setting: Setting) -> Row | None:
-        """The finished row of a setting."""
+    def find(self, setting: Setting, inputs: str) -> Row | None:
+        """The finished row of a setting and its inputs; it takes its place in the order of this run."""
         wanted = setting.model_dump()
-        return next((row for row in self.results.rows if row.model_dump(include=set(wanted)) == wanted), None)
+
+        def fits(row: Row) -> bool:
+            return row.inputs == inputs and row.model_dump(include=set(wanted)) == wanted
+
+        found = next(filter(fits, self.results.rows), None)
+        if found is None and (found := next(filter(fits, self._earlier), None)) is not None:
+            self._earlier.remove(found)
+            self._append(found)
+            self.kept += 1
+        return found
 
     def add(self, row: Row) -> None:
+        self._append(row)
+        self.made += 1
+        self._write(self._earlier)
+
+    def finish(self) -> None:
+        """Rows of earlier runs that this one did not ask for are dropped."""
+        self._write([])
+
+    def _append(self, row: Row) -> None:
         self.results = self.results.model_copy(update={"rows": [*self.results.rows, row]})
-        write_results(self.folder, self.results)
+
+    def _write(self, more: list[Row]) -> None:
+        write_results(self.folder, self.results.model_copy(update={"rows": [*self.results.rows, *more]}))

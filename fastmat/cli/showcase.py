@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from pathlib import Path
 
 from fastmat.evaluation.evaluate import Attacked
@@ -27,10 +27,20 @@ class Showcase:
         self.ids = ids
         self.examples: list[Example] = read_examples(self.file).examples if self.file.exists() else []
         # A resumed run shows the images that it began with.
-        self.images = [ids.index(name) for name in dict.fromkeys(example.image for example in self.examples)]
+        names = dict.fromkeys(example.image for example in self.examples)
+        self.images = [ids.index(name) for name in names if name in ids]
 
     def wants(self, attack: str) -> bool:
         return attack == self.attack
+
+    def keep(self, settings: Set[Setting]) -> None:
+        """Drop the examples of other settings, and of attacks shown earlier."""
+        kept = [
+            example for example in self.examples if example.setting in settings and self.wants(example.setting.attack)
+        ]
+        if len(kept) < len(self.examples):
+            self.examples = kept
+            self.write()
 
     def add(
         self,
@@ -46,6 +56,9 @@ class Showcase:
         others = [example for example in self.examples if example.setting != setting]
         made = make_examples(victim, clean, attacked, images=self.images, ids=self.ids, setting=setting)
         self.examples = [*others, *made]
+        self.write()
+
+    def write(self) -> None:
         chosen = (
             f"{len(self.images)} images drawn at random (seed {self.seed}) among those whose caption the first model "
             "finds first when nothing is attacked; the same images for every model."

@@ -22,12 +22,18 @@ def cells(row: Row) -> tuple[str, ...]:
     return (
         row.victim if row.victim == row.surrogate else f"{row.victim} (from {row.surrogate})",
         row.defence,
-        row.attack,
+        attack(row),
         radius(row.threat) if row.max_distance else "-",
         str(row.threat.max_words) if row.max_words_changed else "-",
         *(with_interval(row, metric) for metric in ("tr@1", "ir@1")),
         *(percent(row.value(metric)) for metric in ("asr_tr@1", "asr_ir@1")),
     )
+
+
+def attack(row: Row) -> str:
+    """A star marks the white box; some of the images, where not all were attacked."""
+    name = row.attack if row.attack == "none" or not row.white_box else f"{row.attack} *"
+    return name if row.gallery_images is None else f"{name} ({row.n_images:,} of {row.gallery_images:,} images)"
 
 
 def radius(threat: Threat) -> str:

@@ -113,7 +113,7 @@ class AdversarialSetWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None or kind is KeyboardInterrupt:
+        if kind is None or issubclass(kind, KeyboardInterrupt):
             self.flush()
 
     def _resumed(self, plan: Manifest) -> Manifest:

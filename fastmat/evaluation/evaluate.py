@@ -143,6 +143,22 @@ def run_attack(
         )
 
 
+@dataclass(kw_only=True)
+class Measured:
+    """What passes by while attacked data is encoded: largest distance, most words in one caption, seconds."""
+
+    distance: float = 0.0
+    words: int = 0
+    seconds: float = 0.0
+
+    def watch(self, attacked: Iterable[Attacked]) -> Iterator[Batch]:
+        for part in attacked:
+            self.seconds += part.seconds
+            self.distance = max(self.distance, float(part.distance.max()))
+            self.words = max([self.words, *part.words_changed.tolist()])
+            yield part.pairs
+
+
 def evaluate(
     victim: VisionLanguageModel, attacked: Iterable[Attacked], *, clean: Ranks, setting: Setting, resamples: int = 1000
 ) -> Row:
@@ -150,41 +166,31 @@ def evaluate(
 
     clean: the victim's own ranks on the clean data. A victim of another resolution than the surrogate's resizes inside.
     """
-    seconds = distance = 0.0
-    words = 0
-
-    def pairs() -> Iterator[Batch]:
-        nonlocal seconds, distance, words
-        for part in attacked:
-            seconds += part.seconds
-            distance = max(distance, float(part.distance.max()))
-            words = max([words, *part.words_changed.tolist()])
-            yield part.pairs
-
-    ranks = gallery_ranks(encode_gallery(victim, pairs()))
+    measured = Measured()
+    ranks = gallery_ranks(encode_gallery(victim, measured.watch(attacked)))
     if not torch.equal(ranks.txt2img, clean.txt2img):
         raise UserError(
             f"the attacked data ({len(ranks.tr)} images, {len(ranks.ir)} captions) is not the clean data "
             f"({len(clean.tr)} images, {len(clean.ir)} captions)"
         )
-    return _row(ranks, clean, setting, resamples, distance=distance, words=words, seconds=seconds)
+    return row_of(ranks, clean, setting=setting, resamples=resamples, measured=measured)
 
 
-def clean_row(clean: Ranks, *, setting: Setting, resamples: int = 1000) -> Row:
+def clean_row(clean: Ranks, *, setting: Setting, resamples: int = 1000, gallery_images: int | None = None) -> Row:
     """The row of a victim on clean data; `setting.attack` is "none"."""
-    return _row(clean, None, setting, resamples, distance=0.0, words=0, seconds=None)
+    return row_of(clean, None, setting=setting, resamples=resamples, gallery_images=gallery_images)
 
 
-def _row(
+def row_of(
     ranks: Ranks,
     clean: Ranks | None,
+    *,
     setting: Setting,
     resamples: int,
-    *,
-    distance: float,
-    words: int,
-    seconds: float | None,
+    measured: Measured | None = None,
+    gallery_images: int | None = None,
 ) -> Row:
+    """Ranks as a row. clean: of the same queries; measured: of the attack; both None on clean data."""
     rates = success_rates(clean, ranks) if clean else dict.fromkeys(success_rates(ranks, ranks))
     return Row(
         **setting.model_dump(),
@@ -192,9 +198,10 @@ def _row(
         **rates,
         n_images=len(ranks.tr),
         n_captions=len(ranks.ir),
+        gallery_images=gallery_images,
         ci=bootstrap_intervals(ranks, clean, seed=setting.seed, resamples=resamples),
-        max_distance=distance,
-        max_words_changed=words,
-        seconds=seconds,
-        pairs_per_s=len(ranks.ir) / seconds if seconds else None,
+        max_distance=measured.distance if measured else 0.0,
+        max_words_changed=measured.words if measured else 0,
+        seconds=measured.seconds if measured else None,
+        pairs_per_s=len(ranks.ir) / measured.seconds if measured and measured.seconds else None,
     )

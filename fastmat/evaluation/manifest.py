@@ -28,7 +28,8 @@ class Shard(BaseModel):
 
 class Manifest(BaseModel):
     """model, data: fingerprints of the surrogate and of the clean set; config: the resolved configuration, whose hash
-    is config_sha256. image_transform: how the surrogate wanted pictures. n_images: size of the finished set."""
+    is config_sha256. image_transform: how the surrogate wanted pictures. n_images: size of the finished set.
+    source: where the clean images are found again: {"data": its section, "limit", "rows": those attacked, or null}."""
 
     model_config = STRICT
     format: Literal["fastmat adversarial set 1"] = "fastmat adversarial set 1"
@@ -44,6 +45,7 @@ class Manifest(BaseModel):
     split: str
     seed: int
     n_images: int = Field(ge=1)
+    source: dict[str, Any] = {}
     shards: list[Shard] = []
 
     @property

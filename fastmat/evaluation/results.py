@@ -4,11 +4,14 @@
 
     {"rows": [ROW, ...], "config": the resolved config, "environment": {...}, "training": {...}}
 
-    ROW: surrogate, victim      names of the model attacked and of the model judged; equal: white-box
+    ROW: surrogate, victim      names of the model attacked and of the model judged
+         white_box              both have the same weights; where it is missing: both have the same name
          defence                none | finetune | tecoa_itr | fare | mat | ...: how the victim was trained
          attack                 none (clean) | pgd | bert_attack | sep | sga | ...
          threat                 {"eps": radius in [0, 1] pixel units, "norm": "linf" | "l2", "max_words"}
-         dataset, split, n_images, n_captions, seed
+         dataset, split, seed
+         n_images, n_captions   queries: the images and captions that were attacked
+         gallery_images         images ranked, where only some of them were attacked; null: n_images
          scoring                itc: by cosine
          tr@1 tr@5 tr@10        text retrieval (image to text) recall
          ir@1 ir@5 ir@10        image retrieval (text to image) recall
@@ -17,7 +20,8 @@
          ci                     {any of the above: [low, high]}, 95 % bootstrap over images
          max_distance           largest distance found on the stored images, in the threat's norm and units
          max_words_changed      most substituted words found in one caption
-         seconds, pairs_per_s   of the attack alone, captions counted as pairs; null: clean
+         seconds, pairs_per_s   of the attack alone, all processes added up, captions counted as pairs; null: clean
+         inputs                 sha256 of what the row depends on; a resumed run keeps a row whose inputs are its own
     environment: python, torch, fastmat, device, cpu_count, platform
     training (optional): {defence: [{"step", "loss", "pairs_per_s"}, ...]}
 
@@ -30,12 +34,13 @@ import json
 import os
 import platform
 import tempfile
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fastmat.errors import UserError
 
@@ -60,6 +65,7 @@ class Setting(BaseModel):
     model_config = STRICT
     surrogate: str
     victim: str
+    white_box: bool
     defence: str
     attack: str = "none"
     threat: Threat = Threat()
@@ -68,12 +74,21 @@ class Setting(BaseModel):
     seed: int
     scoring: str = "itc"
 
+    @model_validator(mode="before")
+    @classmethod
+    def same_name(cls, data: Any) -> Any:
+        """Without the key, one name means one model."""
+        if isinstance(data, Mapping) and "white_box" not in data:
+            return {**data, "white_box": data.get("surrogate") == data.get("victim")}
+        return data
+
 
 class Row(Setting):
     """A setting and what was measured; see the module's docstring."""
 
     n_images: int = Field(ge=1)
     n_captions: int = Field(ge=1)
+    gallery_images: int | None = Field(default=None, ge=1)
     tr_1: Percent = Field(alias="tr@1")
     tr_5: Percent = Field(alias="tr@5")
     tr_10: Percent = Field(alias="tr@10")
@@ -91,6 +106,11 @@ class Row(Setting):
     max_words_changed: int = Field(ge=0)
     seconds: float | None = Field(ge=0)
     pairs_per_s: float | None = Field(ge=0)
+    inputs: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+
+    def setting(self) -> Setting:
+        """What was evaluated."""
+        return Setting(**{name: getattr(self, name) for name in Setting.model_fields})
 
     def value(self, metric: str) -> float | None:
         """A rate by its name in the file, "tr@1" ... "asr_ir@10"."""

@@ -7,7 +7,22 @@ import difflib
 from fastmat.evaluation.results import Row, Setting, Threat
 
 DEFENCES = {"none": "No defence", "finetune": "Fine-tuning", "tecoa_itr": "TeCoA-ITR", "fare": "FARE", "mat": "MAT"}
-ATTACKS = {"none": "Clean", "pgd": "PGD", "bert_attack": "BERT-Attack", "sep": "Sep-Attack", "sga": "SGA"}
+ATTACKS = {
+    "none": "Clean",
+    "pgd": "PGD",
+    "mi_fgsm": "MI-FGSM",
+    "apgd": "APGD",
+    "square": "Square",
+    "bert_attack": "BERT-Attack",
+    "sep": "Sep-Attack",
+    "co_attack": "Co-Attack",
+    "sga": "SGA",
+    "cmi": "CMI-Attack",
+    "dra": "DRA",
+    "sa_aet": "SA-AET",
+    "universal": "Universal",
+    "strongest": "Strongest",
+}
 
 
 def defence_name(name: str) -> str:
@@ -56,7 +71,7 @@ def source(setting: Setting) -> str:
     """Whose gradients the attack used; nothing for clean data."""
     if setting.attack == "none":
         return ""
-    return "white-box" if setting.surrogate == setting.victim else f"transferred from {setting.surrogate}"
+    return "white-box" if setting.white_box else f"transferred from {setting.surrogate}"
 
 
 def marked_words(before: str, after: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:

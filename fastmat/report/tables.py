@@ -54,15 +54,21 @@ class Table:
 
 def tables(rows: list[Row]) -> list[Table]:
     made = []
-    for group in grouped((row, (row.dataset, row.split, row.scoring, row.n_images, row.n_captions)) for row in rows):
+    for group in grouped((row, query_key(row)) for row in rows):
         first = group[0]
+        of = "" if first.gallery_images is None else f" attacked, of {first.gallery_images:,} images"
         scoring = "" if first.scoring == "itc" else f", scored by {first.scoring}"
-        title = f"{first.dataset}, {first.split}: {first.n_images:,} images, {first.n_captions:,} captions{scoring}"
+        title = f"{first.dataset}, {first.split}: {first.n_images:,} images, {first.n_captions:,} captions{of}{scoring}"
         attacks = [attack for attack in dict.fromkeys(row.attack for row in group) if attack != "none"]
         ordered = sorted(group, key=lambda row: (["none", *attacks].index(row.attack), row.threat.norm, row.threat.eps))
         parts = grouped((row, (row.attack, row.threat, source(row))) for row in ordered)
         made.append(Table(title=title, rows=group, sections=[section(part) for part in parts]))
     return made
+
+
+def query_key(row: Row) -> object:
+    """Rows that share it have the same queries and gallery."""
+    return row.dataset, row.split, row.scoring, row.n_images, row.n_captions, row.gallery_images
 
 
 def section(rows: list[Row]) -> Section:

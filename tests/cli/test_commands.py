@@ -203,7 +203,7 @@ def test_eval_of_two_victims_attacks_and_a_stored_set(fastmat: Fastmat, settings
         ("plain", "plain", "none", "words", 8),
         ("plain", "plain", "none", "pixels", 8),
         ("plain", "plain", "none", "pixels", 4),
-        ("plain", "plain", "none", "pgd", 8),
+        ("tiny", "plain", "none", "pgd", 8),
         ("other", "other", "mat", "none", 0),
         ("other", "other", "mat", "words", 8),
         ("other", "other", "mat", "pixels", 8),
@@ -211,7 +211,8 @@ def test_eval_of_two_victims_attacks_and_a_stored_set(fastmat: Fastmat, settings
         ("tiny", "other", "mat", "pgd", 8),
     ]
     pixels, same = results.rows[2], results.rows[4]
-    how = {"attack", "seconds", "pairs_per_s"}
+    assert (pixels.white_box, same.white_box, results.rows[-1].white_box) == (True, True, False)
+    how = {"surrogate", "attack", "seconds", "pairs_per_s", "inputs"}
     assert pixels.model_dump(exclude=how) == same.model_dump(exclude=how)  # stored or made now
     assert pixels.max_distance == pytest.approx(8 / 255, abs=1e-6)
     assert "other (from tiny)" in shown
@@ -224,16 +225,54 @@ def test_eval_of_two_victims_attacks_and_a_stored_set(fastmat: Fastmat, settings
     assert (out / "report.html").read_bytes() == page
 
 
-def test_surrogate_of_its_own_is_attacked_once_for_all(fastmat: Fastmat, settings: list[str], tmp_path: Path) -> None:
+def test_surrogates_by_attacks_by_victims(
+    fastmat: Fastmat, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = [
-        "victims.other.model={name: tiny, seed: 1}",
-        "surrogate={name: tiny, seed: 2}",
-        "attacks.pgd={name: pgd, steps: 1}",
+        "victims.other.model={name: tiny, seed: 1, image_size: 48}",
+        "surrogates={own: {name: tiny, seed: 2}, copy: {name: tiny, seed: 1, image_size: 48}}",
+        "attacks={pgd: {name: pgd, steps: 1}, words: bert_attack}",
     ]
-    assert fastmat("eval", *settings, *EVAL, *words, "--out", tmp_path / "eval")[0] == 0
-    rows = [row for row in read_results(tmp_path / "eval").rows if row.attack == "pgd"]
-    assert [(row.surrogate, row.victim) for row in rows] == [("tiny", "plain"), ("tiny", "other")]
-    assert rows[0].max_distance == rows[1].max_distance
+    calls = count_calls(monkeypatch, pgd.PGD, "run")
+    code, shown, _ = fastmat("eval", *settings, *EVAL, *words, "--out", tmp_path / "eval")
+    assert code == 0
+    assert len(calls) == 2 * 2  # once on each surrogate, in two batches, whatever the number of victims
+    rows = read_results(tmp_path / "eval").rows
+    assert [(row.surrogate, row.victim, row.white_box, row.attack) for row in rows] == [
+        ("plain", "plain", True, "none"),
+        ("other", "other", True, "none"),
+        *(
+            (surrogate, victim, (surrogate, victim) == ("copy", "other"), attack)
+            for surrogate in ("own", "copy")
+            for attack in ("pgd", "words")
+            for victim in ("plain", "other")
+        ),
+    ]
+    assert rows[2].max_distance == rows[3].max_distance
+    assert shown.count("pgd *") == 1
+    assert (tmp_path / "eval" / "report.html").read_text().count('class="matrix"') == 2
+    assert len(read_examples(tmp_path / "eval" / "examples.json").examples) == 2 * 2  # of the first surrogate
+
+
+def test_an_expensive_attack_on_some_images_in_the_whole_gallery(
+    fastmat: Fastmat, settings: list[str], tmp_path: Path
+) -> None:
+    words = [*settings, *EVAL, "attacks={all: {name: pgd, steps: 1}, some: {name: pgd, steps: 1}}", "threat.eps=8/255"]
+    assert fastmat("eval", *words, "subset.some=3", "keep_sets=true", "--out", tmp_path / "eval")[0] == 0
+    rows = read_results(tmp_path / "eval").rows
+    assert [(row.attack, row.n_images, row.n_captions, row.gallery_images) for row in rows] == [
+        ("none", 6, 12, None),
+        ("none", 3, 6, 6),
+        ("all", 6, 12, None),
+        ("some", 3, 6, 6),
+    ]
+    (of_some,), (of_all,) = ((tmp_path / "eval" / "sets" / "plain").glob(f"{name}-*") for name in ("some", "all"))
+    chosen = json.loads((of_some / "manifest.json").read_text())["source"]["rows"]
+    # The noise of an image is its own, whether the others are attacked or not.
+    torch.testing.assert_close(images_of(of_some), images_of(of_all)[chosen], atol=1e-6, rtol=0)
+    code, _, error = fastmat("eval", *words, "subset.same=3", "--out", tmp_path / "none")
+    assert code == 2
+    assert "subset: 'same' is no label of attacks; did you mean 'some'?" in error
 
 
 def test_interrupted_eval_keeps_its_rows(
@@ -247,14 +286,81 @@ def test_interrupted_eval_keeps_its_rows(
     assert code == 130
     assert "the same command with --resume goes on" in error
     assert [row.attack for row in read_results(parts).rows] == ["none", "a"]
+    (begun,) = (parts / "sets" / "plain").glob("b-*/manifest.json")
+    assert sum(shard["rows"] for shard in json.loads(begun.read_text())["shards"]) == 4
     monkeypatch.undo()
-    code, _, error = fastmat("eval", *words, "seed=1", "--out", parts, "--resume")
+    interrupt_at(monkeypatch, pgd.PGD, "run", 2)  # what the first run had attacked is not attacked again
+    code, shown, _ = fastmat("eval", *words, "batch_size=2", "--out", parts, "--resume")
+    assert code == 0
+    assert "inputs unchanged: 2 of 3 rows kept, 1 adversarial sets taken up" in shown
+    assert expected_rows(whole) == expected_rows(parts)
+    assert not (parts / "sets").exists()
+
+
+def expected_rows(folder: Path) -> list[dict[str, object]]:
+    return [row.model_dump(exclude={"seconds", "pairs_per_s"}) for row in read_results(folder).rows]
+
+
+def test_a_resumed_eval_makes_anew_only_what_has_other_inputs(
+    fastmat: Fastmat, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "eval"
+    words = [*settings, *EVAL, "attacks.a={name: pgd, steps: 1}", "--out", out]
+    assert fastmat("eval", *words, "attacks.b={name: pgd, steps: 2}")[0] == 0
+    first = read_results(out)
+    changed = ["attacks.b={name: pgd, steps: 3}", "attacks.c={name: pgd, steps: 2}", "batch_size=3"]
+    calls = count_calls(monkeypatch, pgd.PGD, "run")
+    code, shown, _ = fastmat("eval", *words, *changed, "--resume")
+    assert code == 0
+    assert "inputs unchanged: 2 of 4 rows kept" in shown
+    second = read_results(out)
+    assert [row.attack for row in second.rows] == ["none", "a", "b", "c"]
+    assert second.rows[:2] == first.rows[:2]
+    assert second.rows[2].inputs != first.rows[2].inputs
+    assert len(calls) == 4  # b and c, two batches each
+    assert {example.setting.attack for example in read_examples(out / "examples.json").examples} == {"c"}
+
+    assert fastmat("eval", *words, "resamples=30", "keep_sets=true", "--resume")[0] == 0  # a row's, not a set's input
+    assert [row.attack for row in read_results(out).rows] == ["none", "a"]
+    assert len(calls) == 6
+    assert fastmat("eval", *words, "resamples=40", "victims.other={model: {name: tiny, seed: 1}}", "keep_sets=true",
+                   "--resume")[0] == 0  # fmt: skip
+    assert len(calls) == 8  # the kept set is judged again; the new victim's own gradients make another
+    assert len(list(out.glob("sets/*/a-*/manifest.json"))) == 2
+
+
+def test_how_an_attack_is_executed_is_no_input_but_its_precision_is(
+    fastmat: Fastmat, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, other = tmp_path / "plain", tmp_path / "other"
+    words = [*settings, *EVAL, "attacks.a={name: pgd, steps: 1}", "threat.eps=8/255"]
+    assert fastmat("eval", *words, "--out", plain)[0] == 0
+    calls = count_calls(monkeypatch, pgd.PGD, "run")
+    cached = f"image_cache={tmp_path / 'decoded'}"
+    assert fastmat("eval", *words, "engine={micro_batch: 3}", cached, "--out", other)[0] == 0
+    assert len(calls) == 2 + 1  # of a batch of 4 and one of 2
+    assert len(list((tmp_path / "decoded").iterdir())) == 1
+    inputs = [row.inputs for row in read_results(plain).rows]
+    assert [row.inputs for row in read_results(other).rows] == inputs
+    assert fastmat("eval", *words, "engine={precision: bf16}", "--out", other, "--resume")[0] == 0
+    found = [row.inputs for row in read_results(other).rows]
+    assert found[0] == inputs[0] and found[1] != inputs[1]
+    code, _, error = fastmat("attack", *settings, *ATTACK, "engine.precision=fp8", "--out", tmp_path / "none")
     assert code == 2
-    assert "begun with another 'seed'" in error
-    assert fastmat("eval", *words, "--out", parts, "--resume")[0] == 0
-    timing = {"seconds", "pairs_per_s"}
-    expected, found = ([row.model_dump(exclude=timing) for row in read_results(p).rows] for p in (whole, parts))
-    assert expected == found
+    assert "engine" in error and error.count("\n") == 1
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> list[None]:
+    """Grows with every call of a function."""
+    original: Callable[..., object] = getattr(owner, name)
+    calls: list[None] = []
+
+    def counting(*values: object, **named: object) -> object:
+        calls.append(None)
+        return original(*values, **named)
+
+    monkeypatch.setattr(owner, name, counting)
+    return calls
 
 
 def test_a_resumed_eval_shows_the_images_it_began_with(fastmat: Fastmat, settings: list[str], tmp_path: Path) -> None:

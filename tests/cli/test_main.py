@@ -25,8 +25,9 @@ def test_every_command_has_help_with_its_keys(fastmat: Fastmat) -> None:
         "train": ["defence: one of finetune", "train.lr: float = 1e-05", "captions_per_image: int = 1"],
         "eval": ["victims.LABEL.model: one of open_clip", "eps: list of float", "resamples: int = 1000"],
         "quickstart": ["choose_eps: list of float (required)", "harden.train.steps: int (required)"],
+        "export": ["data: one of json, digits", "SET"],
         "report": ["DIR"],
-        "bench": ["--only NAME", "benchmarks/results/ops"],
+        "bench": ["--only NAME", "benchmarks/results/WHAT"],
         "env": ["versions"],
     }
     assert keys.keys() == COMMANDS.keys()

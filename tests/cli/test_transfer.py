@@ -23,15 +23,16 @@ def test_a_stored_set_and_the_attack_itself_give_the_same_rows(
     stored, direct, reused = tmp_path / "set", tmp_path / "direct", tmp_path / "reused"
     common = [*settings, "threat.eps=8/255"]
     assert fastmat("attack", *common, "model=tiny", f"attack={SGA}", "--out", stored)[0] == 0
-    assert fastmat("eval", *common, *VICTIMS, "surrogate=tiny", f"attacks.sga={SGA}", "--out", direct)[0] == 0
+    assert fastmat("eval", *common, *VICTIMS, "surrogates.tiny=tiny", f"attacks.sga={SGA}", "--out", direct)[0] == 0
     assert fastmat("eval", *common, *VICTIMS, f"sets=[{stored}]", "--out", reused)[0] == 0
 
-    timing = {"seconds", "pairs_per_s"}
+    timing = {"seconds", "pairs_per_s", "inputs"}
     rows = {}
     for folder in (direct, reused):
         attacked = [row for row in read_results(folder).rows if row.attack == "sga"]
         rows[folder] = {row.victim: row.model_dump(exclude=timing) for row in attacked}
-        assert [row.surrogate for row in attacked] == ["same", "tiny", "tiny"]  # the first is the white box
+        assert [row.surrogate for row in attacked] == ["tiny"] * 3
+        assert [row.white_box for row in attacked] == [True, False, False]
     assert list(rows[direct]) == ["same", "larger", "smaller"]
     assert rows[direct] == rows[reused]
     assert rows[direct]["larger"]["max_words_changed"] == 1

@@ -13,6 +13,7 @@ RECALLS = {f"{way}@{k}": value for way in ("tr", "ir") for k, value in ((1, 10.0
 ROW = {
     "surrogate": "a",
     "victim": "b",
+    "white_box": False,
     "defence": "mat",
     "attack": "sga",
     "threat": {"eps": 2 / 255, "norm": "linf", "max_words": 1},
@@ -22,6 +23,7 @@ ROW = {
     "scoring": "itc",
     "n_images": 3,
     "n_captions": 15,
+    "gallery_images": 1000,
     **RECALLS,
     **{f"asr_{name}": value for name, value in RECALLS.items()},
     "ci": {"tr@1": [8.0, 12.5]},
@@ -29,6 +31,7 @@ ROW = {
     "max_words_changed": 1,
     "seconds": 3.5,
     "pairs_per_s": 4.3,
+    "inputs": "0" * 64,
 }
 FILE = {"rows": [ROW], "config": {"seed": 0}, "environment": {"python": "3.11"}}
 
@@ -39,6 +42,21 @@ def test_file_has_the_documented_keys(tmp_path: Path) -> None:
     assert read_results(tmp_path) == read_results(tmp_path / "results.json") == Results.model_validate(FILE)
     for key in ROW:
         assert "@" in key or key in str(module.__doc__), key
+
+
+def test_results_from_before_these_keys_existed_are_read(tmp_path: Path) -> None:
+    old = {key: value for key, value in ROW.items() if key not in ("white_box", "gallery_images", "inputs")}
+    (tmp_path / "results.json").write_text(json.dumps({**FILE, "rows": [old, {**old, "victim": "a"}]}))
+    rows = read_results(tmp_path).rows
+    assert [row.white_box for row in rows] == [False, True]
+    assert all(row.gallery_images is row.inputs is None for row in rows)
+
+
+def test_committed_results_are_read() -> None:
+    files = sorted((Path(__file__).parents[2] / "benchmarks/results/flickr8k").glob("*.json"))
+    assert files
+    for file in files:
+        assert read_results(file).rows
 
 
 def test_values_by_name() -> None:

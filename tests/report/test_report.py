@@ -12,6 +12,7 @@ from fastmat.errors import UserError
 from fastmat.evaluation.results import Examples, Results, Threat, write_examples, write_results
 from fastmat.report import tables
 from fastmat.report.html import render, write_report
+from fastmat.report.matrix import matrices
 from fastmat.report.plots import attacks_plot, eps_plot, training_plot
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -64,7 +65,8 @@ def test_page_holds_every_row_and_needs_nothing_else() -> None:
         for metric in tables.COLUMNS:
             if (value := row.value(metric)) is not None:
                 assert f"{value:.1f} {row.ci[metric][0]:.1f}\u2013{row.ci[metric][1]:.1f}" in page.text
-    assert page.tags.count("tbody") == 1 + 4 + 3 + 1  # clean, four attacks, three more radii, one transfer
+    # Clean, four attacks, three more radii, one transfer, its matrix.
+    assert page.tags.count("tbody") == 1 + 4 + 3 + 1 + 1
     for words in (
         "eps 8/255 (L∞) 1 word white-box",
         "transferred from finetune",
@@ -75,7 +77,7 @@ def test_page_holds_every_row_and_needs_nothing_else() -> None:
     assert page.tags.count("svg") == 3 and "script" not in page.tags and "link" not in page.tags
     assert all(re.match(r"data:image/png;base64,|#", address) for address in page.addresses)
     assert not re.search(r"url\((?!#)|@import", html)
-    assert page.text.count("Fine-tuning") == 8 + 3
+    assert page.text.count("Fine-tuning") == 8 + 3 + 2
 
 
 def test_text_out_of_the_data_is_escaped() -> None:
@@ -133,6 +135,32 @@ def test_sections_by_data_attack_budget_and_source() -> None:
     assert second.title == "digits, val: 1,000 images, 5,000 captions"
     l2 = made_row(threat=Threat(eps=0.5, norm="l2"), max_distance=0.4987, max_words_changed=0)
     assert tables.section([l2]).budget == "eps 0.5 (L2)" and tables.section([l2]).lines[0].found == "0.499"
+
+
+def test_a_matrix_of_surrogates_and_victims_where_an_attack_was_transferred() -> None:
+    white = [made_row(victim=name, surrogate=name, defence="none") for name in ("a", "b")]
+    assert matrices([made_row(attack="none"), *white]) == []
+    rows = [made_row(attack="pgd"), *white, made_row(surrogate="a", victim="b", tr=75, defence="none")]
+    rows += [made_row(surrogate="c", victim="a", white_box=True, defence="none")]  # the same weights by another name
+    (found,) = matrices(rows)
+    assert (found.attack, found.budget, found.victims) == ("SGA", "eps 2/255 (L∞), 1 word", ["a", "b"])
+    shown = [(name, [(cell.asr, cell.recall, cell.white_box) for cell in cells]) for name, cells in found.lines]
+    own = [("70.0", "30.0", True), ("76.0", "24.0", True)]
+    nothing = [("", "", False)] * 2
+    assert shown == [
+        ("a", [*own, ("25.0", "75.0", False), ("31.0", "69.0", False)]),
+        ("b", [*nothing, *own]),
+        ("c", [*own, *nothing]),
+    ]
+    assert [part.source for part in tables.tables(rows)[0].sections] == ["white-box", "white-box", "transferred from a"]
+
+
+def test_some_queries_in_the_whole_gallery_have_a_table_of_their_own() -> None:
+    some = made_row(n_images=100, n_captions=500, gallery_images=1000)
+    assert [table.title for table in tables.tables([made_row(), some])] == [
+        "digits, test: 1,000 images, 5,000 captions",
+        "digits, test: 100 images, 500 captions attacked, of 1,000 images",
+    ]
 
 
 def test_plots_only_where_there_is_something_to_plot() -> None:

@@ -1,0 +1,329 @@
+"""The cells of an evaluation: one attack on one surrogate at one radius, made once and judged on every victim."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastmat.attacks.base import Attack
+from fastmat.attacks.engine import Engine
+from fastmat.build import Component, build_model
+from fastmat.cli.common import fingerprint
+from fastmat.cli.config import EvalConfig, Victim
+from fastmat.cli.load import plain
+from fastmat.cli.making import make_set, plan_set
+from fastmat.cli.rows import Rows
+from fastmat.cli.showcase import Showcase
+from fastmat.cli.together import Processes
+from fastmat.data.loader import EvaluationBatches, evaluation_batches
+from fastmat.data.retrieval import RetrievalSet
+from fastmat.evaluation.adversarial_set import MANIFEST, AdversarialSet
+from fastmat.evaluation.evaluate import (
+    Attacked,
+    Gallery,
+    clean_row,
+    encode_gallery,
+    evaluate,
+    gallery_context,
+    gallery_ranks,
+)
+from fastmat.evaluation.manifest import Manifest, config_fingerprint
+from fastmat.evaluation.metrics import Ranks
+from fastmat.evaluation.results import Row, Setting, Threat, read_json
+from fastmat.evaluation.subset import evaluate_subset, subset_ranks
+from fastmat.models.protocol import VisionLanguageModel
+from fastmat.types import AttackContext, Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """An attack, what its outcome depends on besides surrogate and data, and the images it attacks."""
+
+    label: str
+    attack: Attack
+    inputs: Mapping[str, Any]
+    rows: tuple[int, ...]
+
+
+class Encoded:
+    """A model with the data as it wants it. weights: their sha256; its clean gallery is encoded when first asked for.
+
+    identity: sha256 of what its clean features depend on.
+    """
+
+    def __init__(self, component: Component, model: VisionLanguageModel, batches: EvaluationBatches) -> None:
+        self.model = model
+        self.batches = batches
+        self.weights = fingerprint(model)
+        named = {key: value for key, value in component.plain().items() if key != "weights"}
+        self.identity = config_fingerprint(
+            {
+                "model": plain(named),
+                "weights": self.weights,
+                "image_transform": asdict(batches.transform),
+                "data": batches.dataset.fingerprint(),
+            }
+        )
+
+    @cached_property
+    def gallery(self) -> Gallery:
+        return encode_gallery(self.model, self.batches)
+
+    @cached_property
+    def ranks(self) -> Ranks:
+        return gallery_ranks(self.gallery)
+
+    @cached_property
+    def context(self) -> AttackContext:
+        return gallery_context(self.gallery)
+
+
+@dataclass(kw_only=True)
+class Cells:
+    """What all cells of a run share. cells: label to the same attack at every radius, the main one first.
+
+    found: how many sets, finished or begun, an earlier run had left. stop_asked: whether Ctrl-C or SIGTERM came; the
+    batch or row at hand is finished, then KeyboardInterrupt is raised. Other processes than the first take part in
+    attacks only.
+    """
+
+    config: EvalConfig
+    dataset: RetrievalSet
+    device: torch.device
+    engine: Engine
+    cells: Mapping[str, Sequence[Cell]]
+    sets: Sequence[AdversarialSet]
+    out: Path
+    rows: Rows
+    showcase: Showcase
+    processes: Processes
+    stop_asked: Callable[[], bool]
+    found: int = field(default=0, init=False)
+
+    def judge(self, surrogates: Mapping[str, Component], victims: Mapping[str, Victim]) -> None:
+        """Rows of `victims`: clean, attacked through each of `surrogates`, and on stored sets."""
+        judged = {
+            label: self.load(victim.model, where=f"victims.{label}.model")
+            for label, victim in victims.items()
+            if self.processes.first
+        }
+        for label, victim in judged.items():
+            self.clean(label, victim)
+        for name, component in surrogates.items() if self.cells else ():
+            equal = next((label for label in judged if victims[label].model == component), None)
+            surrogate = judged[equal] if equal else self.load(component, where=f"surrogates.{name}")
+            for cells in self.cells.values():
+                for cell in cells:
+                    show = cell is cells[0] and self.showcase.wants(cell.label) and name == next(iter(surrogates))
+                    if not self.attack(cell, name, surrogate, judged, show=show):
+                        break
+        for stored in self.sets:
+            self.judge_stored(stored, judged)
+
+    def clean(self, label: str, victim: Encoded) -> None:
+        """A victim's clean rows: of all queries, and of the queries of every subset."""
+        setting = self.setting(label, victim=label, white_box=True, seed=self.config.seed)
+        total = self.dataset.n_images
+        chosen = {cell.rows for cells in self.cells.values() for cell in cells if len(cell.rows) < total}
+        for rows in (None, *sorted(chosen, key=len)):
+            inputs = self.inputs(victim, {"rows": rows})
+            if self.rows.find(setting, inputs) is None:
+                ranks = victim.ranks if rows is None else subset_ranks(victim.gallery, rows)
+                gallery_images = None if rows is None else total
+                row = clean_row(ranks, setting=setting, resamples=self.config.resamples, gallery_images=gallery_images)
+                self.save(row, inputs)
+
+    def attack(
+        self,
+        cell: Cell,
+        name: str,
+        surrogate: Encoded,
+        judged: Mapping[str, Encoded],
+        *,
+        show: bool,
+    ) -> bool:
+        """One cell; whether other radii may give something else: an attack that leaves images alone needs no others."""
+        plan = plan_set(
+            weights=surrogate.weights,
+            image_transform=surrogate.model.image_transform,
+            surrogate=name,
+            label=cell.label,
+            attack=cell.attack,
+            dataset=self.dataset,
+            rows=cell.rows,
+            config=dict(cell.inputs),
+            seed=cell.attack.seed,
+            source={"data": plain(self.config.data), "limit": self.config.limit},
+        )
+        key = config_fingerprint({"surrogate": surrogate.identity, "rows": cell.rows, **cell.inputs})
+        folder = self.out / "sets" / name / f"{cell.label}-{plan.threat.eps:.4g}-{key[:12]}"
+        settings = {
+            label: self.setting(
+                name,
+                victim=label,
+                white_box=victim.weights == surrogate.weights,
+                seed=plan.seed,
+                attack=cell.label,
+                threat=plan.threat,
+            )
+            for label, victim in judged.items()
+        }
+        inputs = {label: self.inputs(victim, {"set": key}) for label, victim in judged.items()}
+
+        def missing() -> list[str]:
+            return [label for label in judged if self.rows.find(settings[label], inputs[label]) is None]
+
+        if self.processes.agreed(missing):
+            self.make(folder, plan, cell, surrogate)
+            for label in missing() if self.processes.first else ():
+                self.add(
+                    judged[label],
+                    AdversarialSet(folder),
+                    settings[label],
+                    inputs[label],
+                    rows=None if len(cell.rows) == self.dataset.n_images else cell.rows,
+                    show=surrogate.batches if show else None,
+                )
+            if self.processes.first and not self.config.keep_sets:
+                shutil.rmtree(folder)
+
+        def moved() -> bool:
+            row = next(self.rows.find(settings[label], inputs[label]) for label in judged)
+            return row is not None and row.max_distance > 0
+
+        return self.processes.agreed(moved)
+
+    def make(self, folder: Path, plan: Manifest, cell: Cell, surrogate: Encoded) -> None:
+        """The adversarial set of a cell, unless it is there."""
+
+        def done() -> int:
+            begun = read_json(folder / MANIFEST, Manifest).n_done if (folder / MANIFEST).exists() else 0
+            self.found += begun > 0
+            return begun
+
+        if self.processes.agreed(done) == plan.n_images:
+            return
+        made = make_set(
+            folder,
+            plan=plan,
+            surrogate=surrogate.model,
+            attack=cell.attack,
+            engine=self.engine,
+            batches=surrogate.batches,
+            rows=cell.rows,
+            context=lambda: surrogate.context,
+            shard_images=self.config.batch_size,
+            processes=self.processes,
+            stop_asked=self.stop_asked,
+        )
+        if made < plan.n_images:
+            raise KeyboardInterrupt
+
+    def judge_stored(self, stored: AdversarialSet, judged: Mapping[str, Encoded]) -> None:
+        """A stored set, measured against the clean images; it is white box for the victim whose weights made it."""
+        made = stored.manifest
+        batches = self.batches(made)
+        measured = False
+        for label, victim in judged.items():
+            white_box = victim.weights == made.model
+            setting = self.setting(
+                made.surrogate,
+                victim=label,
+                white_box=white_box,
+                seed=made.seed,
+                attack=made.attack,
+                threat=made.threat,
+            )
+            inputs = self.inputs(victim, {"stored": made.model_dump(mode="json")})
+            if self.rows.find(setting, inputs) is None:
+                if not measured:
+                    stored.check_budget(batches)
+                    measured = True
+                show = batches if self.showcase.wants(made.attack) else None
+                self.add(victim, stored, setting, inputs, rows=None, show=show)
+
+    def add(
+        self,
+        victim: Encoded,
+        attacked: Iterable[Attacked],
+        setting: Setting,
+        inputs: str,
+        *,
+        rows: Sequence[int] | None,
+        show: Iterable[Batch] | None,
+    ) -> None:
+        """A row, after its examples. rows: the images attacked, None: all. show: the clean data as it was attacked."""
+        resamples = self.config.resamples
+        if rows is None:
+            row = evaluate(victim.model, attacked, clean=victim.ranks, setting=setting, resamples=resamples)
+        else:
+            row = evaluate_subset(
+                victim.model, attacked, clean=victim.gallery, rows=rows, setting=setting, resamples=resamples
+            )
+        if show is not None:
+            self.showcase.add(victim.model, show, attacked, victim.ranks, setting)
+        self.save(row, inputs)
+
+    def save(self, row: Row, inputs: str) -> None:
+        self.rows.add(row.model_copy(update={"inputs": inputs}))
+        if self.stop_asked():
+            raise KeyboardInterrupt
+
+    def finish(self) -> None:
+        """Drop what earlier runs with other inputs have left: rows, examples, sets that were only begun."""
+        self.rows.finish()
+        self.showcase.keep({row.setting() for row in self.rows.results.rows})
+        for file in self.out.glob(f"sets/*/*/{MANIFEST}"):
+            begun = read_json(file, Manifest)
+            if begun.n_done < begun.n_images:
+                shutil.rmtree(file.parent)
+        for folder in (*self.out.glob("sets/*"), self.out / "sets"):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+    def load(self, component: Component, *, where: str) -> Encoded:
+        model = build_model(component, device=self.device, where=where)
+        return Encoded(component, model, self.batches(model))
+
+    def batches(self, wanted: VisionLanguageModel | Manifest) -> EvaluationBatches:
+        """The data as a model wants it, or as a set was made of it."""
+        config = self.config
+        return evaluation_batches(
+            self.dataset,
+            wanted.image_transform,
+            batch_size=config.batch_size,
+            workers=config.workers,
+            image_cache=config.image_cache,
+        )
+
+    def inputs(self, victim: Encoded, judged: Mapping[str, Any]) -> str:
+        """What a row depends on: the victim, what it is judged on, and how intervals are drawn."""
+        return config_fingerprint({"victim": victim.identity, "resamples": self.config.resamples, **judged})
+
+    def setting(
+        self,
+        surrogate: str,
+        *,
+        victim: str,
+        white_box: bool,
+        seed: int,
+        attack: str = "none",
+        threat: Threat | None = None,
+    ) -> Setting:
+        return Setting(
+            surrogate=surrogate,
+            victim=victim,
+            white_box=white_box,
+            defence=self.config.victims[victim].defence,
+            attack=attack,
+            threat=threat or Threat(),
+            dataset=self.dataset.name,
+            split=self.dataset.split,
+            seed=seed,
+        )

@@ -1,0 +1,71 @@
+"""Write an adversarial set as 8-bit PNG files within its budget, and a JSON list of captions.
+
+    fastmat export runs/sga --out runs/sga-png
+
+The clean images are found again where the set was made of them; key=value names another place:
+
+    fastmat export runs/sga --out runs/sga-png data.images=/elsewhere/images
+
+DIR/annotations.json with DIR as image folder is a `json` data set, for this program or any other.
+DIR/manifest.json says how far rounding moved every image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fastmat.build import build_data
+from fastmat.cli.common import check_out
+from fastmat.cli.config import ExportConfig
+from fastmat.cli.keys import describe
+from fastmat.cli.load import override, validate
+from fastmat.cli.parser import Parser
+from fastmat.data.loader import evaluation_batches
+from fastmat.errors import UserError
+from fastmat.evaluation.adversarial_set import AdversarialSet
+from fastmat.evaluation.export import export_set
+from fastmat.evaluation.manifest import Manifest
+from fastmat.evaluation.subset import pick, picked
+from fastmat.report.labels import radius
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("set", metavar="SET", type=Path, help="folder of an adversarial set")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="overrides, such as data.images=DIR")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="new folder for what is written")
+    parser.keys = partial(describe, ExportConfig)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    stored = AdversarialSet(arguments.set)
+    made = stored.manifest
+    values = source_of(made)
+    for text in arguments.settings:
+        override(values, text)
+    config = validate(ExportConfig, values, source=str(arguments.set))
+    check_out(arguments.out, resume=False, sign="manifest.json")
+    dataset = build_data(config.data, limit=config.limit)
+    rows = range(dataset.n_images) if config.rows is None else config.rows
+    attacked = pick(dataset, rows)
+    if attacked.fingerprint() != made.data:
+        raise UserError(f"data: {dataset.name}/{dataset.split} is not what {arguments.set} was made of; name that data")
+    batches = evaluation_batches(dataset, made.image_transform, batch_size=config.batch_size, workers=config.workers)
+    exported = export_set(stored, picked(batches, rows), arguments.out, ids=attacked.ids)
+    norm = made.threat.norm
+    if norm == "linf" and made.threat.eps * 255 < 1:
+        print(f"the budget {radius(made.threat.eps, norm)} is less than one 8-bit level: no pixel can move")
+    print(
+        f"{len(exported.images)} images, at most {radius(exported.distance_8bit, norm)} from the clean ones (budget "
+        f"{radius(made.threat.eps, norm)}, {norm}); rounding moved pixels by at most {exported.moved_max:.2f}/255, "
+        f"{exported.moved_mean:.3f}/255 on average: {arguments.out}"
+    )
+
+
+def source_of(made: Manifest) -> dict[str, Any]:
+    """Where the clean images were; sets of earlier versions say it in their configuration."""
+    found = made.source or {key: made.config[key] for key in ("data", "limit") if key in made.config}
+    return copy.deepcopy(found)

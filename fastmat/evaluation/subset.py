@@ -1,0 +1,121 @@
+"""Some images of a data set as queries, all of them as gallery: for attacks too slow for every image.
+
+Only the chosen images and their captions are attacked; everything else in the gallery stays clean.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastmat.data.loader import EvaluationBatches
+from fastmat.data.retrieval import RetrievalSet
+from fastmat.errors import UserError
+from fastmat.evaluation.evaluate import Attacked, Gallery, Measured, encode_gallery, row_of
+from fastmat.evaluation.metrics import Ranks
+from fastmat.evaluation.results import Row, Setting
+from fastmat.models.protocol import VisionLanguageModel
+from fastmat.ops import retrieval_ranks
+
+
+def draw_rows(n: int, count: int, *, seed: int) -> tuple[int, ...]:
+    """`count` of `n` rows, ascending; a smaller draw is part of every larger one.
+
+    >>> draw_rows(5, 5, seed=0), set(draw_rows(100, 3, seed=1)) < set(draw_rows(100, 9, seed=1))
+    ((0, 1, 2, 3, 4), True)
+    """
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    return tuple(order[:count].sort().values.tolist())
+
+
+def pick(dataset: RetrievalSet, rows: Sequence[int]) -> RetrievalSet:
+    """Ids, captions and groups of `rows`; its pictures are loaded through the whole set (`picked`)."""
+    return dataclasses.replace(
+        dataset,
+        captions=tuple(dataset.captions[row] for row in rows),
+        ids=tuple(dataset.ids[row] for row in rows),
+        group=tuple(dataset.group[row] for row in rows),
+    )
+
+
+@dataclass(frozen=True)
+class PickedBatches(EvaluationBatches):
+    """Batches of the rows in `plan`, which keep their places in the whole set as `index`: draws are keyed by it."""
+
+    plan: tuple[tuple[int, ...], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def _rows(self) -> Iterator[list[int]]:
+        return map(list, self.plan)
+
+
+def picked(batches: EvaluationBatches, rows: Sequence[int], *, share: int = 0, of: int = 1) -> PickedBatches:
+    """`rows` cut into batches, of which this is every `of`-th, from number `share` on."""
+    size = batches.batch_size
+    plan = tuple(tuple(rows[start : start + size]) for start in range(0, len(rows), size))
+    fields = {field.name: getattr(batches, field.name) for field in dataclasses.fields(EvaluationBatches)}
+    return PickedBatches(**fields, plan=plan[share::of])
+
+
+def subset_ranks(gallery: Gallery, rows: Sequence[int]) -> Ranks:
+    """Ranks of the images `rows` (ascending) and of their captions among the whole gallery, on the CPU."""
+    images, texts = gallery.image_features, gallery.text_features
+    chosen = torch.tensor(rows, device=images.device)
+    captions = captions_of(gallery, chosen)
+    return Ranks(
+        tr=retrieval_ranks(
+            images[chosen], texts, query_group=gallery.image_group[chosen], gallery_group=gallery.text_group
+        ).cpu(),
+        ir=retrieval_ranks(
+            texts[captions], images, query_group=gallery.text_group[captions], gallery_group=gallery.image_group
+        ).cpu(),
+        txt2img=torch.searchsorted(chosen, gallery.txt2img[captions]).cpu(),
+    )
+
+
+def captions_of(gallery: Gallery, images: Tensor) -> Tensor:
+    """[Q] places of the captions of `images`, in order."""
+    return torch.isin(gallery.txt2img.to(images.device), images).nonzero().flatten()
+
+
+def evaluate_subset(
+    victim: VisionLanguageModel,
+    attacked: Iterable[Attacked],
+    *,
+    clean: Gallery,
+    rows: Sequence[int],
+    setting: Setting,
+    resamples: int = 1000,
+) -> Row:
+    """Judge `victim` on attacked images `rows` (ascending) and their captions, in a gallery otherwise clean.
+
+    clean: the victim's whole clean gallery. All rates are those of the attacked queries.
+    """
+    measured = Measured()
+    part = encode_gallery(victim, measured.watch(attacked))
+    chosen = torch.tensor(rows, device=clean.image_features.device)
+    captions = captions_of(clean, chosen)
+    if len(part.image_features) != len(chosen) or len(part.text_features) != len(captions):
+        raise UserError(
+            f"the attacked data ({len(part.image_features)} images, {len(part.text_features)} captions) is not the "
+            f"subset ({len(chosen)} images, {len(captions)} captions)"
+        )
+    after = dataclasses.replace(
+        clean,
+        image_features=clean.image_features.index_copy(0, chosen, part.image_features),
+        text_features=clean.text_features.index_copy(0, captions, part.text_features),
+    )
+    return row_of(
+        subset_ranks(after, rows),
+        subset_ranks(clean, rows),
+        setting=setting,
+        resamples=resamples,
+        measured=measured,
+        gallery_images=len(clean.image_features),
+    )

@@ -66,6 +66,7 @@ class Job:
             return self.tuned(threat, model)
         # The seed is not used: draws are always handed in.
         attack = build_attack(self.component, threat=threat, mlm=lambda: setting.mlm, seed=0)
+        attack.fit(model, [self.batch])
         context = context_of(model, self.batch)
 
         def run(draws: Draws) -> Outcome:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastmat.attacks.draws import SeededDraws
-from fastmat.benchmarks.attacks import bert_attack, co_attack, gate, meter, pgd, sga, suite
+from fastmat.benchmarks.attacks import bert_attack, co_attack, gate, meter, pgd, sa_aet, sga, suite
 from fastmat.benchmarks.attacks.gate import compare
 from fastmat.benchmarks.attacks.job import Job, Outcome
 from fastmat.benchmarks.attacks.meter import Meter, with_host_syncs
@@ -91,6 +91,28 @@ def test_co_attack_as_published_does_the_published_work(setting: Setting) -> Non
     assert found.counts["image_forwards"] == (STEPS + 1) * CAPTIONS
     assert found.counts["image_backwards"] == found.counts["with_weight_gradients"] == STEPS * CAPTIONS
     assert found.counts["text_encodings"] == 2 * text_pass(outcome) + CAPTIONS
+
+
+def test_sa_aet_as_published_does_the_published_work(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five views at first, then 9 times five trials of two passes and five views; as many decompositions."""
+    decompositions = []
+    plane = sa_aet.projector
+    monkeypatch.setattr(sa_aet, "projector", lambda corpus: decompositions.append(1) or plane(corpus))
+    job = sa_aet.job(setting)
+    outcome, found = metered(setting, job, "published")
+    assert len(decompositions) == 5 + 9 * 15 == 140
+    assert found.counts["image_backwards"] == found.counts["with_weight_gradients"] == 140 * IMAGES
+    assert found.counts["image_forwards"] == (140 + 3) * IMAGES
+    tuned, _ = metered(setting, job, "tuned")
+    assert compare(setting, job, "both", "float32", "tuned", tuned, outcome)["agreement"] == 1
+    assert (tuned.images - job.batch.images).abs().max() <= sa_aet.EPS + 1e-6
+
+
+def test_mixtures_of_sa_aet_are_in_order(setting: Setting) -> None:
+    weights = sa_aet.mixture(SeededDraws(0), 1, setting.batch)
+    assert weights.shape == (5, 3)
+    assert torch.allclose(weights.sum(1), torch.ones(5))
+    assert bool(((weights[:, 0] < weights[:, 2]) & (weights[:, 2] < weights[:, 1])).all())
 
 
 def test_bert_attack_and_pgd_as_published_do_the_published_work(setting: Setting) -> None:

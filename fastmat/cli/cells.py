@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ import torch
 from fastmat.attacks.base import Attack
 from fastmat.attacks.engine import Engine
 from fastmat.build import Component, build_model
-from fastmat.cli.common import fingerprint
 from fastmat.cli.config import EvalConfig, Victim
+from fastmat.cli.encoded import Encoded
 from fastmat.cli.load import plain
 from fastmat.cli.making import make_set, plan_set
 from fastmat.cli.rows import Rows
@@ -26,19 +25,14 @@ from fastmat.data.retrieval import RetrievalSet
 from fastmat.evaluation.adversarial_set import MANIFEST, AdversarialSet
 from fastmat.evaluation.evaluate import (
     Attacked,
-    Gallery,
     clean_row,
-    encode_gallery,
     evaluate,
-    gallery_context,
-    gallery_ranks,
 )
 from fastmat.evaluation.manifest import Manifest, config_fingerprint
-from fastmat.evaluation.metrics import Ranks
 from fastmat.evaluation.results import Row, Setting, Threat, read_json
 from fastmat.evaluation.subset import evaluate_subset, subset_ranks
 from fastmat.models.protocol import VisionLanguageModel
-from fastmat.types import AttackContext, Batch
+from fastmat.types import Batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,39 +43,6 @@ class Cell:
     attack: Attack
     inputs: Mapping[str, Any]
     rows: tuple[int, ...]
-
-
-class Encoded:
-    """A model with the data as it wants it. weights: their sha256; its clean gallery is encoded when first asked for.
-
-    identity: sha256 of what its clean features depend on.
-    """
-
-    def __init__(self, component: Component, model: VisionLanguageModel, batches: EvaluationBatches) -> None:
-        self.model = model
-        self.batches = batches
-        self.weights = fingerprint(model)
-        named = {key: value for key, value in component.plain().items() if key != "weights"}
-        self.identity = config_fingerprint(
-            {
-                "model": plain(named),
-                "weights": self.weights,
-                "image_transform": asdict(batches.transform),
-                "data": batches.dataset.fingerprint(),
-            }
-        )
-
-    @cached_property
-    def gallery(self) -> Gallery:
-        return encode_gallery(self.model, self.batches)
-
-    @cached_property
-    def ranks(self) -> Ranks:
-        return gallery_ranks(self.gallery)
-
-    @cached_property
-    def context(self) -> AttackContext:
-        return gallery_context(self.gallery)
 
 
 @dataclass(kw_only=True)

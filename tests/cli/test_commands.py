@@ -297,6 +297,25 @@ def test_interrupted_eval_keeps_its_rows(
     assert not (parts / "sets").exists()
 
 
+def test_a_killed_eval_goes_on_within_the_attack(
+    fastmat: Fastmat, settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        """Nothing is tidied up for it."""
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    words = [*settings, *EVAL, "attacks.a={name: pgd, steps: 2}", "threat.eps=8/255", "batch_size=1"]
+    assert fastmat("eval", *words, "--out", whole)[0] == 0
+    calls = count_calls(monkeypatch, pgd.PGD, "run", dies=(4, Killed))
+    with pytest.raises(Killed):
+        fastmat("eval", *words, "--out", parts)
+    code, shown, _ = fastmat("eval", *words, "--out", parts, "--resume")
+    assert code == 0
+    assert len(calls) == 4 + 3  # the fourth came to nothing
+    assert "1 of 2 rows kept, 1 adversarial sets taken up" in shown
+    assert expected_rows(whole) == expected_rows(parts)
+
+
 def expected_rows(folder: Path) -> list[dict[str, object]]:
     return [row.model_dump(exclude={"seconds", "pairs_per_s"}) for row in read_results(folder).rows]
 
@@ -350,13 +369,17 @@ def test_how_an_attack_is_executed_is_no_input_but_its_precision_is(
     assert "engine" in error and error.count("\n") == 1
 
 
-def count_calls(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> list[None]:
-    """Grows with every call of a function."""
+def count_calls(
+    monkeypatch: pytest.MonkeyPatch, owner: object, name: str, dies: tuple[int, type[BaseException]] | None = None
+) -> list[None]:
+    """Grows with every call of a function; dies: in which call it raises what."""
     original: Callable[..., object] = getattr(owner, name)
     calls: list[None] = []
 
     def counting(*values: object, **named: object) -> object:
         calls.append(None)
+        if dies and len(calls) == dies[0]:
+            raise dies[1]
         return original(*values, **named)
 
     monkeypatch.setattr(owner, name, counting)

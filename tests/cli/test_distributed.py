@@ -66,21 +66,22 @@ def test_two_processes_attack_to_the_result_of_one(settings: list[str], tmp_path
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("asked", [0, 1])
-def test_a_process_that_is_asked_to_stop_stops_all_and_the_set_goes_on(
-    settings: list[str], tmp_path: Path, asked: int
+@pytest.mark.parametrize(("rank", "kind"), [(0, "SIGTERM"), (1, "SIGTERM"), (1, "SIGKILL")])
+def test_a_process_that_stops_stops_all_and_the_set_goes_on(
+    settings: list[str], tmp_path: Path, rank: int, kind: str
 ) -> None:
-    """One of two processes gets SIGTERM in its second batch; one process finishes what they began."""
+    """One of two processes gets a signal in its second batch; one process finishes what they began."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     words = [*settings, "model=tiny", "attack={name: pgd, steps: 2}", "threat.eps=8/255", "batch_size=1"]
     assert main(["attack", *words, "--out", str(whole)]) == 0
     program = tmp_path / "stopped.py"
-    program.write_text(STOPPED.format(rank=asked, words=["attack", *words, "--out", str(parts)]))
+    program.write_text(STOPPED.format(rank=rank, kind=kind, words=["attack", *words, "--out", str(parts)]))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ended = subprocess.run([*launcher, program], env=environment, capture_output=True, text=True, timeout=120)
     assert ended.returncode != 0
-    assert "4 of 6 images are saved" in ended.stderr
+    expected = "4 of 6 images are saved" if kind == "SIGTERM" else "another process ended"
+    assert f"fastmat: interrupted; {expected}" in ended.stderr
     assert main(["attack", *words, "--out", str(parts), "--resume"]) == 0
     left, right = (
         torch.cat([load_file(file)["images"] for file in sorted(folder.glob("*.safetensors"))])
@@ -100,7 +101,7 @@ run, calls = PGD.run, []
 def counting(self, *values):
     calls.append(None)
     if len(calls) == 2 and os.environ["RANK"] == "{rank}":
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.{kind})
     return run(self, *values)
 
 PGD.run = counting

@@ -1,0 +1,49 @@
+"""A model of an evaluation, with the data as it sees it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import cached_property
+
+from fastmat.build import Component
+from fastmat.cli.common import fingerprint
+from fastmat.cli.load import plain
+from fastmat.data.loader import EvaluationBatches
+from fastmat.evaluation.evaluate import Gallery, encode_gallery, gallery_context, gallery_ranks
+from fastmat.evaluation.manifest import config_fingerprint
+from fastmat.evaluation.metrics import Ranks
+from fastmat.models.protocol import VisionLanguageModel
+from fastmat.types import AttackContext
+
+
+class Encoded:
+    """A model with the data as it wants it. weights: their sha256; its clean gallery is encoded when first asked for.
+
+    identity: sha256 of what its clean features depend on.
+    """
+
+    def __init__(self, component: Component, model: VisionLanguageModel, batches: EvaluationBatches) -> None:
+        self.model = model
+        self.batches = batches
+        self.weights = fingerprint(model)
+        named = {key: value for key, value in component.plain().items() if key != "weights"}
+        self.identity = config_fingerprint(
+            {
+                "model": plain(named),
+                "weights": self.weights,
+                "image_transform": asdict(batches.transform),
+                "data": batches.dataset.fingerprint(),
+            }
+        )
+
+    @cached_property
+    def gallery(self) -> Gallery:
+        return encode_gallery(self.model, self.batches)
+
+    @cached_property
+    def ranks(self) -> Ranks:
+        return gallery_ranks(self.gallery)
+
+    @cached_property
+    def context(self) -> AttackContext:
+        return gallery_context(self.gallery)

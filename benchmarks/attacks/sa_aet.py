@@ -1,9 +1,9 @@
 """SA-AET (SA_AET.py, e9e664a): SGA's order, each step from the best of five mixtures of current, clean and last image.
 
-Similarities are taken in a subspace: the features of a random 40 % of all captions are decomposed, the first direction
-Similarities are taken in a subspace: features of a random 40 % of all captions are decomposed and the first direction
-is dropped. Published: those captions are encoded for every batch, the decomposition is computed at every loss (140 times
-of at most 8 images, so that the choice is among the same images for everybody.
+Similarities are taken in a subspace: the features of a random 40 % of all captions are decomposed, and the first
+direction is dropped. Published: those captions are encoded for every batch, the decomposition is computed at every loss
+(140 times a batch), the mixture is chosen by the mean loss of the batch, and every trial is differentiated for nothing.
+One batch of at most 8 images, so that the choice is among the same images for everybody.
 """
 
 from __future__ import annotations

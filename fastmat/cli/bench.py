@@ -14,9 +14,7 @@ from pathlib import Path
 
 import torch
 
-from fastmat.benchmarks.attacks import command as attacks
-from fastmat.benchmarks.attacks.setting import Choice
-from fastmat.benchmarks.attacks.suite import NAMES
+from fastmat.benchmarks.attacks.names import NAMES
 from fastmat.benchmarks.harness import QualityError
 from fastmat.benchmarks.plot import write_plots
 from fastmat.benchmarks.rows import read_rows
@@ -62,17 +60,20 @@ def run(arguments: argparse.Namespace) -> None:
     out = arguments.out or Path(place)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
+    if arguments.suite == "attacks":
+        from fastmat.benchmarks.attacks import command  # with transformers, which the operators do without
+
+        known, show, measure = command.known_rows, command.show, measure_attacks
+    else:
+        known, show, measure = read_rows, show_ops, measure_ops
     rows_file = out / "rows.jsonl"
-    rows = attacks.known_rows if arguments.suite == "attacks" else read_rows
-    before = len(rows(rows_file))  # a damaged file is found before an hour of work
+    before = len(known(rows_file))  # a damaged file is found before an hour of work
     out.mkdir(parents=True, exist_ok=True)
     rows_file.touch()  # and so is a folder that takes no files
     torch.set_num_threads(arguments.threads)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, for everybody
     refused: list[QualityError] = []
-    measure = measure_attacks if arguments.suite == "attacks" else measure_ops
-    show = attacks.show if arguments.suite == "attacks" else show_ops
     try:
         measure(arguments, device, rows_file, refused)
     except KeyboardInterrupt:
@@ -123,6 +124,9 @@ def measure_ops(
 def measure_attacks(
     arguments: argparse.Namespace, device: torch.device, rows_file: Path, refused: list[QualityError]
 ) -> None:
+    from fastmat.benchmarks.attacks import command
+    from fastmat.benchmarks.attacks.setting import Choice
+
     choice = Choice(
         model=arguments.model,
         mlm=arguments.mlm,
@@ -130,7 +134,7 @@ def measure_attacks(
         images=arguments.images or (2 if arguments.short else 8),
         short=arguments.short,
     )
-    request = attacks.Request(
+    request = command.Request(
         names=arguments.only,
         choice=choice,
         device=device,
@@ -138,7 +142,7 @@ def measure_attacks(
         peer_python=arguments.peer_python or sys.executable,
         command=command_of(arguments),
     )
-    attacks.measure_attacks(
+    command.measure_attacks(
         request, rows_file, tell=lambda title: print(f"measuring {title}", file=sys.stderr), refused=refused
     )
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from fastmat.attacks.draws import SeededDraws
-from fastmat.benchmarks.attacks import bert_attack, co_attack, gate, meter, pgd, sa_aet, sga, suite
+from fastmat.benchmarks.attacks import bert_attack, co_attack, gate, meter, pgd, sa_aet, sga
 from fastmat.benchmarks.attacks.gate import compare
 from fastmat.benchmarks.attacks.job import Job, Outcome
 from fastmat.benchmarks.attacks.meter import Meter, with_host_syncs
+from fastmat.benchmarks.attacks.names import NAMES
 from fastmat.benchmarks.attacks.peer import Peer
 from fastmat.benchmarks.attacks.plot import write_plots
 from fastmat.benchmarks.attacks.rows import AttackRow
@@ -133,6 +134,18 @@ def test_tuned_loops_do_without_weight_gradients_and_find_the_same(setting: Sett
     ours, counted = metered(setting, job, "fastmat")
     assert compare(setting, job, "both", "float32", "fastmat", ours, published)["agreement"] == 1
     assert counted.counts["text_encodings"] <= found.counts["text_encodings"]
+
+
+@pytest.mark.parametrize("module", [sga, co_attack])
+def test_text_and_image_part_stand_alone(setting: Setting, module: object) -> None:
+    job: Job = module.job(setting)  # type: ignore[attr-defined]
+    for half in ("text", "image"):
+        published = job.runner(setting, "published", "float32", half)(SeededDraws(0))
+        assert torch.equal(published.images, job.batch.images) == (half == "text")
+        assert (tuple(published.texts) == job.batch.texts) == (half == "image")
+        for who in ("tuned", "fastmat"):
+            got = job.runner(setting, who, "float32", half)(SeededDraws(0))
+            assert compare(setting, job, half, "float32", who, got, published)["agreement"] == 1
 
 
 def test_the_gate_refuses_other_texts_images_and_nan(setting: Setting) -> None:
@@ -254,7 +267,7 @@ def test_rows_come_back_and_make_table_targets_and_plot(tmp_path: Path) -> None:
 
 def test_targets_name_attacks_of_the_suite() -> None:
     attacks = {target.attack.split(" ")[0] for target in TARGETS}
-    assert attacks - {"sa_aet"} <= set(suite.NAMES)
+    assert attacks - {"sa_aet"} <= set(NAMES)
 
 
 FAKE = """

@@ -13,9 +13,10 @@ def table(rows: Sequence[Row]) -> str:
     """One line per row, in percent; recalls at 1 with their 95 % interval. A budget that was not touched is a dash."""
     lines = [HEADER, *(cells(row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    shown = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    if any(row.white_box and row.attack != "none" for row in rows):
+        shown.append("* white box: through the victim's own weights")
+    return "\n".join(shown)
 
 
 def cells(row: Row) -> tuple[str, ...]:

@@ -111,7 +111,7 @@ def page(rows: Sequence[AttackRow], plots: Sequence[str]) -> str:
         "# Attacks: speed, work and quality",
         "Written by `fastmat bench attacks` from [rows.jsonl](rows.jsonl), the newest run of every attack; do not "
         "edit. All implementations ran in turn in one process; published: the original's loop written plainly, in fp32 "
-        "with its quirks; tuned: the same algorithm with frozen weights and batches; original: a checkout of the "
+        "with its quirks; tuned: the same algorithm with frozen weights and batches; fp32 is without TF32; original: a checkout of the "
         "original code in its own process. fastmat runs with the published quirks, so that texts can be equal, and "
         "computes the language model's candidates anew in every call. Before any figure, all were handed the same "
         "start and noise: in fp32 texts had to be equal wherever the published choice was clear and the final "

@@ -71,8 +71,6 @@ def run(arguments: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     rows_file.touch()  # and so is a folder that takes no files
     torch.set_num_threads(arguments.threads)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, for everybody
     refused: list[QualityError] = []
     try:
         measure(arguments, device, rows_file, refused)
@@ -109,6 +107,8 @@ def check(arguments: argparse.Namespace) -> None:
 def measure_ops(
     arguments: argparse.Namespace, device: torch.device, rows_file: Path, refused: list[QualityError]
 ) -> None:
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, for everybody
     for error in run_cases(
         arguments.only,
         device,
@@ -142,6 +142,9 @@ def measure_attacks(
         peer_python=arguments.peer_python or sys.executable,
         command=command_of(arguments),
     )
+    if device.type == "cuda":  # fp32 is fp32: texts are to be equal
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
     command.measure_attacks(
         request, rows_file, tell=lambda title: print(f"measuring {title}", file=sys.stderr), refused=refused
     )

@@ -111,15 +111,16 @@ def page(rows: Sequence[AttackRow], plots: Sequence[str]) -> str:
         "# Attacks: speed, work and quality",
         "Written by `fastmat bench attacks` from [rows.jsonl](rows.jsonl), the newest run of every attack; do not "
         "edit. All implementations ran in turn in one process; published: the original's loop written plainly, in fp32 "
-        "with its quirks; tuned: the same algorithm with frozen weights and batches; fp32 is without TF32; original: a checkout of the "
-        "original code in its own process. fastmat runs with the published quirks, so that texts can be equal, and "
-        "computes the language model's candidates anew in every call. Before any figure, all were handed the same "
-        "start and noise: in fp32 texts had to be equal wherever the published choice was clear and the final "
-        "objective within 1 %, in bf16 98 % of the texts and the success rate within half a point. Pairs/s from the "
-        "median round. texts/caption, image fwd and bwd (per image): encoder rows counted by hooks. Syncs: on a GPU "
-        "what CUDA warns of, on the CPU reads of tensors by Python, each of which would be one. The attack alone: the "
-        "evaluation of the originals encodes the adversarial text and image once more. ASR: R@1 queries of the batch, "
-        "both directions, right before and wrong after.",
+        "with its quirks; tuned: the same algorithm with frozen weights and batches; original: a checkout of the "
+        "original code in its own process. fp32 is without TF32. fastmat runs with the published quirks, so that texts "
+        "can be equal, and computes the language model's candidates anew in every call. Before any figure, all were "
+        "handed the same start and noise: in fp32 texts had to be equal wherever the published choice was clear and "
+        "the final objective within 1 % (or two standard errors of what rounding scatters), in bf16 98 % of the texts "
+        "and the success rate within half a point (or one caption, one query). Pairs/s from the median round. "
+        "texts/caption, image fwd and bwd (per image): encoder rows counted by hooks. Syncs: on a GPU what CUDA warns "
+        "of, on the CPU reads of tensors by Python, each of which would be one. The attack alone: the evaluation of "
+        "the originals encodes the adversarial text and image once more. ASR: R@1 queries of the batch, both "
+        "directions, right before and wrong after.",
         "## Targets",
         markdown([GOALS, *(line for target in TARGETS for line in target_lines(runs, target))]),
         *(f"![Speed-up of fastmat over each opponent]({plot})" for plot in plots),

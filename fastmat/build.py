@@ -26,6 +26,7 @@ from fastmat.defences.mat import TextSearch
 from fastmat.errors import UserError, nearest
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.quirks import Quirks
+from fastmat.text.candidates import CandidateSource
 from fastmat.types import ThreatModel
 
 if typing.TYPE_CHECKING:
@@ -48,12 +49,14 @@ ATTACKS = {
     "co_attack": "fastmat.attacks.co_attack:CoAttack",
     "sga": "fastmat.attacks.sga:SGA",
     "dra": "fastmat.attacks.dra:DRA",
+    "universal": "fastmat.attacks.universal:Universal",
 }
 OBJECTIVES = {
     "contrastive": "fastmat.attacks.objectives:Contrastive",
     "margin": "fastmat.attacks.margin:Margin",
     "cosine": "fastmat.attacks.objectives:CosineToOwn",
     "kl": "fastmat.attacks.objectives:KLFromClean",
+    "target": "fastmat.attacks.target:Target",
     "squared_l2": "fastmat.attacks.objectives:SquaredL2FromClean",
 }
 DEFENCES = {
@@ -62,6 +65,7 @@ DEFENCES = {
     "fare": "fastmat.defences.fare:FARE",
     "mat": "fastmat.defences.mat:MAT",
 }
+CANDIDATES = {"masked": "fastmat.text.masked:MaskedCandidates"}
 TEXT_SEARCHES = {"word_substitution": "fastmat.attacks.word_substitution:WordSubstitution"}
 DATASETS = {
     "json": "fastmat.build:json_set",
@@ -75,12 +79,14 @@ PLAINER = {
 }
 
 # A parameter of one of these types is itself a component.
-SEAMS: dict[type, Mapping[str, str]] = {Objective: OBJECTIVES, TextSearch: TEXT_SEARCHES}
+SEAMS: dict[type, Mapping[str, str]] = {
+    Objective: OBJECTIVES,
+    TextSearch: TEXT_SEARCHES,
+    CandidateSource: CANDIDATES,
+}
 Given = Mapping[str, Callable[[], object]]
 # Made from other sections, so no argument of a component: `max_words` stands in `threat`, with the rest of the budget.
-RESERVED = frozenset({"threat", "max_words", "mlm", "teacher", "quirks"})
-# Handed in by Python code alone; to a config these names are unknown.
-UNNAMED = frozenset({"candidates"})
+RESERVED = frozenset({"threat", "max_words", "mlm", "candidate_cache", "teacher", "quirks"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,8 +126,7 @@ def parameters_of(factory: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
     """Name -> (annotation, default) of what a config may set; the default is `inspect.Parameter.empty` if required."""
     hints = typing.get_type_hints(factory.__init__ if isinstance(factory, type) else factory)  # type: ignore[misc]
     signature = inspect.signature(factory).parameters
-    hidden = reserved(factory) | UNNAMED
-    return {name: (hints[name], signature[name].default) for name in signature if name not in hidden}
+    return {name: (hints[name], signature[name].default) for name in signature if name not in reserved(factory)}
 
 
 def reserved(factory: Callable[..., Any]) -> frozenset[str]:
@@ -288,16 +293,23 @@ def build_mlm(folder: str | None, *, device: torch.device | str = "cpu") -> Mask
 
 
 def build_attack(
-    component: Component, *, threat: ThreatModel, mlm: Callable[[], object], seed: int, where: str = "attack"
+    component: Component,
+    *,
+    threat: ThreatModel,
+    mlm: Callable[[], object],
+    seed: int,
+    candidate_cache: Path | None = None,
+    where: str = "attack",
 ) -> Attack:
     """An attack; `parity: official` sets every published quirk, `quirks: {...}` single ones on top.
 
-    mlm: loads the masked language model, called only by an attack on words.
+    mlm: loads the masked language model, called only by an attack on words. candidate_cache: folder where its
+    candidates are kept.
     """
     factory = locate(ATTACKS[component.name])
     official = typing.cast("type[Attack]", factory).official
     arguments, quirks = split_quirks(component.arguments, where=where, official=official)
-    given = given_of(threat=threat, mlm=mlm, quirks=quirks, seed=seed)
+    given = given_of(threat=threat, mlm=mlm, quirks=quirks, seed=seed, candidate_cache=candidate_cache)
     return typing.cast("Attack", construct(factory, arguments, where=where, given=given))
 
 
@@ -308,25 +320,31 @@ def build_defence(
     threat: ThreatModel,
     mlm: Callable[[], object],
     seed: int,
+    candidate_cache: Path | None = None,
     where: str = "defence",
 ) -> Defence:
     """A defence; teacher: the model before training, of which a defence that needs one keeps a frozen copy."""
     arguments, quirks = split_quirks(component.arguments, where=where)
-    given = {"teacher": lambda: teacher, **given_of(threat=threat, mlm=mlm, quirks=quirks, seed=seed)}
+    parts = given_of(threat=threat, mlm=mlm, quirks=quirks, seed=seed, candidate_cache=candidate_cache)
+    given = {"teacher": lambda: teacher, **parts}
     return typing.cast("Defence", construct(locate(DEFENCES[component.name]), arguments, where=where, given=given))
 
 
-def given_of(*, threat: ThreatModel, mlm: Callable[[], object], quirks: Quirks, seed: int) -> Given:
+def given_of(
+    *, threat: ThreatModel, mlm: Callable[[], object], quirks: Quirks, seed: int, candidate_cache: Path | None
+) -> Given:
     """What every part of an attack may ask for."""
     given: dict[str, Callable[[], object]] = {
         "threat": lambda: threat,
         "max_words": lambda: threat.max_words,
         "mlm": mlm,
+        "candidate_cache": lambda: candidate_cache,
         "quirks": lambda: quirks,
         "seed": lambda: seed,
     }
-    default = Component(name="word_substitution")
-    given["text_search"] = lambda: build(TEXT_SEARCHES, default, where="text_search", given=given)
+    masked, substitution = Component(name="masked"), Component(name="word_substitution")
+    given["candidates"] = lambda: build(CANDIDATES, masked, where="candidates", given=given)
+    given["text_search"] = lambda: build(TEXT_SEARCHES, substitution, where="text_search", given=given)
     return given
 
 

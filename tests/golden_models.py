@@ -24,8 +24,8 @@ from transformers import (
 
 from fastmat.models.dual_encoder import DualEncoder
 from fastmat.models.hf_clip import CLIP_MEAN, CLIP_STD, VisionTower, take_apart
-from fastmat.models.protocol import ImageState, TextState, TextTokens
-from fastmat.models.tokenizers import ClipTokenizer, HashTokenizer
+from fastmat.models.protocol import ImageState, TextState, TextTokens, token_batch
+from fastmat.models.tokenizers import ClipTokenizer, HashTokenizer, WordPieceTokenizer
 from fastmat.text.mlm import MaskedLanguageModel
 from fastmat.types import Batch, ImageTransform
 
@@ -48,7 +48,7 @@ def golden_bert(*, append_sep: bool = False) -> "BertTextEncoder":
     config, tensors = golden("text_encoder_bert")
     bert = BertModel(BertConfig(**config["config"]), add_pooling_layer=False)
     projection = nn.Linear(32, 32)
-    model = BertTextEncoder(bert, projection, golden_mlm(), append_sep=append_sep).eval()
+    model = BertTextEncoder(bert, projection, append_sep=append_sep).eval()
     state = {key.replace("text_proj.", "text_projection."): value for key, value in tensors.items()}
     model.load_state_dict(state)
     return model
@@ -57,12 +57,11 @@ def golden_bert(*, append_sep: bool = False) -> "BertTextEncoder":
 class BertTextEncoder(nn.Module):
     """A text tower alone: tokens are BERT's last hidden state, embeds the projection of its first position."""
 
-    def __init__(self, bert: BertModel, projection: nn.Linear, mlm: MaskedLanguageModel, *, append_sep: bool) -> None:
+    def __init__(self, bert: BertModel, projection: nn.Linear, *, append_sep: bool) -> None:
         super().__init__()
         self.bert = bert
         self.text_projection = projection
-        self.mlm = mlm
-        self.append_sep = append_sep
+        self.tokenizer = WordPieceTokenizer(bert_tokenizer(), append_sep=append_sep)
         self.context_length = 96
 
     @property
@@ -71,10 +70,8 @@ class BertTextEncoder(nn.Module):
 
     def tokenize(self, texts: Sequence[str], *, max_length: int | None = None, pad: bool = False) -> TextTokens:
         limit = max_length or self.context_length
-        rows = [self.mlm.sequence(self.mlm.pieces(t), append_sep=self.append_sep, max_length=limit) for t in texts]
-        width = limit if pad else max(map(len, rows))
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-        return TextTokens(ids, torch.arange(width) < torch.tensor([[len(row)] for row in rows]))
+        rows = [self.tokenizer(text, limit) for text in texts]
+        return token_batch(rows, pad_id=self.tokenizer.pad_id, length=limit if pad else None)
 
     def encode_text(self, tokens: TextTokens) -> TextState:
         hidden = self.bert(input_ids=tokens.ids, attention_mask=tokens.mask.long()).last_hidden_state

@@ -5,6 +5,7 @@ import random
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
 
+from fastmat.text.masked import MaskedCandidates
 from fastmat.text.mlm import MaskedLanguageModel
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -36,6 +37,10 @@ def tiny_parts(*, seed: int = 0) -> tuple[BertForMaskedLM, BertTokenizerFast]:
 def tiny_mlm(*, seed: int = 0) -> MaskedLanguageModel:
     model, tokenizer = tiny_parts(seed=seed)
     return MaskedLanguageModel(model=model, tokenizer=tokenizer, name="tiny")
+
+
+def tiny_candidates(*, top_k: int = 10, threshold: float = 0.3) -> MaskedCandidates:
+    return MaskedCandidates(mlm=tiny_mlm(), top_k=top_k, threshold=threshold)
 
 
 def tiny_captions(count: int, *, seed: int = 0) -> list[str]:

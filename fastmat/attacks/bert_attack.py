@@ -13,8 +13,8 @@ from fastmat.attacks.draws import Draws
 from fastmat.attacks.word_substitution import Choice, WordSubstitution
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.quirks import Quirks
+from fastmat.text.candidates import CandidateSource
 from fastmat.text.encoded import Representation
-from fastmat.text.mlm import MaskedLanguageModel
 from fastmat.types import AttackContext, Batch, ThreatModel
 
 
@@ -25,35 +25,30 @@ class BertAttack(Attack):
         "kl" the one farthest from the clean caption (Co-Attack, Sep-Attack), without looking at the image.
     representation: where importance and KL are measured; None: "features" for "cosine", "embeds" for "kl", as
         published for CLIP. BERT towers were attacked on "cls" or "tokens".
-    top_k, threshold: candidates per word and their least logit; 10 and 0.3 are Co-Attack's and SGA's.
-    chunk: texts per forward.
+    candidates: what proposes substitutes. beam: texts per caption that are followed (`WordSubstitution`).
     """
 
     def __init__(
         self,
         *,
         threat: ThreatModel,
-        mlm: MaskedLanguageModel,
+        candidates: CandidateSource,
         choice: Choice = "cosine",
         representation: Representation | None = None,
-        top_k: int = 10,
-        threshold: float = 0.3,
+        beam: int = 1,
         quirks: Quirks | None = None,
-        chunk: int = 64,
         seed: int = 0,
     ) -> None:
         super().__init__(threat=threat, seed=seed)
         representation = representation or ("features" if choice == "cosine" else "embeds")
         self.words = WordSubstitution(
-            mlm=mlm,
+            candidates=candidates,
             max_words=threat.max_words,
             choice=choice,
             importance=representation,
             compare=representation,
-            top_k=top_k,
-            threshold=threshold,
+            beam=beam,
             quirks=quirks,
-            chunk=chunk,
         )
 
     def run(

@@ -17,11 +17,11 @@ from fastmat.attacks.base import Attack
 from fastmat.attacks.draws import Draws
 from fastmat.attacks.objectives import Bound, KLFromClean
 from fastmat.attacks.search import ascend, check_steps, random_start
-from fastmat.attacks.word_substitution import WordSubstitution
+from fastmat.attacks.word_substitution import TextPlan, WordSubstitution
 from fastmat.errors import UserError
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.quirks import Quirks
-from fastmat.text.mlm import MaskedLanguageModel
+from fastmat.text.candidates import CandidateSource
 from fastmat.types import AttackContext, Batch, ThreatModel
 
 
@@ -38,8 +38,8 @@ class CoAttack(Attack):
     so the same result: not repeated here. The paper's other form, on the output of a fusion encoder, weighs
     different terms and has its own text attack; it is not part of this class, and neither are un-projected tokens.
 
-    steps 10, step_size 1.25 eps/steps, alpha_cross 3 as in the published code. top_k, threshold: the masked language
-    model's candidates.
+    steps 10, step_size 1.25 eps/steps, alpha_cross 3 as in the published code. candidates: what proposes
+    substitutes; beam: texts per caption that are followed.
     Raises UserError without a step, or with a negative step size or alpha_cross.
     """
 
@@ -49,12 +49,11 @@ class CoAttack(Attack):
         self,
         *,
         threat: ThreatModel,
-        mlm: MaskedLanguageModel,
+        candidates: CandidateSource,
         steps: int = 10,
         step_size: float | None = None,
         alpha_cross: float = 3.0,
-        top_k: int = 10,
-        threshold: float = 0.3,
+        beam: int = 1,
         quirks: Quirks | None = None,
         seed: int = 0,
     ) -> None:
@@ -67,21 +66,21 @@ class CoAttack(Attack):
         self.alpha_cross = alpha_cross
         self.quirks = quirks or Quirks()
         self.words = WordSubstitution(
-            mlm=mlm,
+            candidates=candidates,
             max_words=threat.max_words,
             choice="kl",
             importance="embeds",
             compare="embeds",
-            top_k=top_k,
-            threshold=threshold,
+            beam=beam,
             quirks=self.quirks,
         )
 
     def run(
         self, model: VisionLanguageModel, batch: Batch, context: AttackContext, draws: Draws
     ) -> tuple[Tensor, tuple[str, ...]]:
-        texts = self.words.search(model, self.words.plan(model, batch.texts))
-        value = self.bind(model, batch, context, texts)
+        plan = self.words.plan(model, batch.texts)
+        texts = self.words.search(model, plan)
+        value = self.bind(model, batch, context, texts, plan)
         quirks = self.quirks
         images = ascend(
             lambda x, step: value(model.encode_image(x)),
@@ -93,13 +92,20 @@ class CoAttack(Attack):
         )
         return images, texts
 
-    def bind(self, model: VisionLanguageModel, batch: Batch, context: AttackContext, texts: Sequence[str]) -> Bound:
+    def bind(
+        self,
+        model: VisionLanguageModel,
+        batch: Batch,
+        context: AttackContext,
+        texts: Sequence[str],
+        plan: TextPlan | None = None,
+    ) -> Bound:
         """What step 2 ascends, against the adversarial `texts` [T] of `batch`: image state to [B] values."""
         owner = batch.txt2img
+        captions = self.words.features(model, texts, max_length=self.quirks.mid_max_length, plan=plan)
         if self.quirks.last_caption_only:
             last = {image: t for t, image in enumerate(owner.tolist())}
-            texts, owner = [texts[t] for t in last.values()], torch.tensor(list(last), device=owner.device)
-        captions = self.words.features(model, texts, max_length=self.quirks.mid_max_length)
+            captions, owner = captions[list(last.values())], torch.tensor(list(last), device=owner.device)
         from_clean = KLFromClean().bind(model, batch, context)
         from_captions = mean_kl_from(captions, owner, len(batch))
         return lambda state: from_clean(state) + self.alpha_cross * from_captions(state.features)
@@ -112,9 +118,10 @@ def mean_kl_from(targets: Tensor, owner: Tensor, count: int) -> Callable[[Tensor
     mean KL(p_t || q) = mean KL(p_t || p) + KL(p || q): the first is constant, so a call costs the same for any T.
     """
     own = targets.softmax(-1, dtype=torch.float64)  # sums that fp32 cannot tell the order of
-    share = own.new_ones(len(own)) / owner.bincount(minlength=count).clamp_min(1)[owner]
-    mean = own.new_zeros(count, own.shape[1]).index_add_(0, owner, own * share[:, None])
-    spread = (torch.xlogy(own, own) - torch.xlogy(own, mean[owner])).sum(-1) * share
-    constant = spread.new_zeros(count).index_add_(0, owner, spread).float()
+    # A product, because index_add_ has no fixed order on a GPU. [count, T], each row sums to one.
+    belongs = (owner == torch.arange(count, device=owner.device)[:, None]).to(own)
+    belongs /= belongs.sum(1, keepdim=True).clamp_min(1)
+    mean = belongs @ own
+    constant = (belongs @ (torch.xlogy(own, own) - torch.xlogy(own, mean[owner])).sum(-1)).float()
     mean = mean.float()
     return lambda rows: constant + F.kl_div(rows.log_softmax(-1), mean, reduction="none").sum(-1)

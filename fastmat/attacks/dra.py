@@ -15,12 +15,14 @@ from torch import Tensor
 from fastmat import ops
 from fastmat.attacks.base import Attack
 from fastmat.attacks.draws import Draws
+from fastmat.attacks.objectives import Bound
 from fastmat.attacks.search import random_start
 from fastmat.attacks.sga import SGA
+from fastmat.attacks.word_substitution import TextPlan
 from fastmat.errors import UserError
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.quirks import Quirks
-from fastmat.text.mlm import MaskedLanguageModel
+from fastmat.text.candidates import CandidateSource
 from fastmat.types import AttackContext, Batch, ThreatModel
 
 Choice = Literal["image", "batch"]
@@ -36,7 +38,7 @@ class DRA(Attack):
     clean image, the final and the last but one iterate, weighted by `text_weights`.
 
     steps 10, step_size eps/4, samples 5, text_weights (0.6, 0.2, 0.2): the published code, at eps 8/255. scales,
-    noise_std, top_k, threshold: as in SGA.
+    noise_std, candidates, beam: as in SGA.
     choice: "image" draws and chooses mixtures for every image on its own. "batch" is the published form: one set of
         mixtures for the whole batch, chosen by the batch's mean, so that the result depends on how a batch is split.
     Raises UserError without a step or a sample, with a negative step size, or with unusable text weights.
@@ -48,7 +50,7 @@ class DRA(Attack):
         self,
         *,
         threat: ThreatModel,
-        mlm: MaskedLanguageModel,
+        candidates: CandidateSource,
         steps: int = 10,
         step_size: float | None = None,
         samples: int = 5,
@@ -56,8 +58,7 @@ class DRA(Attack):
         text_weights: Sequence[float] = (0.6, 0.2, 0.2),
         scales: Sequence[float] = (0.5, 0.75, 1.25, 1.5),
         noise_std: float = 0.05,
-        top_k: int = 10,
-        threshold: float = 0.3,
+        beam: int = 1,
         quirks: Quirks | None = None,
         seed: int = 0,
     ) -> None:
@@ -72,16 +73,16 @@ class DRA(Attack):
             raise UserError("text_weights must not all be zero: the text would have nothing to move away from")
         self.samples = samples
         self.choice = choice
+        self.splits = choice == "image"
         self.text_weights = tuple(text_weights)
         self.sga = SGA(
             threat=threat,
-            mlm=mlm,
+            candidates=candidates,
             steps=steps,
             step_size=step_size,
             scales=scales,
             noise_std=noise_std,
-            top_k=top_k,
-            threshold=threshold,
+            beam=beam,
             quirks=quirks,
         )
 
@@ -93,7 +94,7 @@ class DRA(Attack):
         with torch.no_grad():
             clean = model.encode_image(batch.images).features
         first = words.search(model, plan, clean[batch.txt2img])
-        images, previous = self.trajectory_end(model, batch.replace(texts=first), draws)
+        images, previous = self.trajectory_end(model, batch.replace(texts=first), draws, plan)
         with torch.no_grad():
             ends = [clean, model.encode_image(images).features, model.encode_image(previous).features]
         # The score is linear in the guide: one guide that is a weighted sum scores like the weighted sum of scores.
@@ -102,17 +103,20 @@ class DRA(Attack):
         return images, words.search(model, plan, guide[batch.txt2img])
 
     @torch.enable_grad()
-    def trajectory_end(self, model: VisionLanguageModel, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
+    def trajectory_end(
+        self, model: VisionLanguageModel, batch: Batch, draws: Draws, plan: TextPlan
+    ) -> tuple[Tensor, Tensor]:
         """The final and the last but one iterate, against the captions of `batch` as they stand."""
         threat, sga = self.threat, self.sga
         if threat.eps == 0:
             return batch.images, batch.images
-        own = sga.words.features(model, batch.texts, max_length=sga.quirks.mid_max_length)
+        value = sga.away_from_captions(model, batch, plan)
         x = previous = random_start(batch, threat, draws)
         for step in range(sga.steps):
-            point = self.diversified(model, batch, own, x, previous, step, draws) if step else x
+            point = self.diversified(model, batch, value, x, previous, step, draws) if step else x
             live = point.detach().requires_grad_(True)
-            (gradient,) = torch.autograd.grad(sga.over_views(model, batch, own, live, step, draws).sum(), live)
+            noise = sga.noise(batch, step, draws) if sga.scales else None
+            (gradient,) = torch.autograd.grad(sga.over_views(model, value, live, noise).sum(), live)
             moved = ops.pgd_step(
                 x,
                 gradient,
@@ -130,7 +134,7 @@ class DRA(Attack):
         self,
         model: VisionLanguageModel,
         batch: Batch,
-        own: Tensor,
+        value: Bound,
         x: Tensor,
         previous: Tensor,
         step: int,
@@ -139,7 +143,7 @@ class DRA(Attack):
         """[B, 3, H, W]: of `samples` mixtures of `x`, the clean images and `previous` the most harmful one."""
 
         def harm(images: Tensor) -> Tensor:
-            return -ops.cosine_to_set(model.encode_image(images).features, own, batch.txt2img)
+            return value(model.encode_image(images))
 
         index = batch.index if self.choice == "image" else batch.index[:1]
         weights = mixture_weights(draws.uniform(f"mixture/{step}", index, (self.samples, 2)))
@@ -150,12 +154,12 @@ class DRA(Attack):
             live = point.detach().requires_grad_(True)
             (gradient,) = torch.autograd.grad(harm(live).sum(), live)
             with torch.no_grad():
-                value = harm(self.unprojected_step(x, gradient))
+                harmed = harm(self.unprojected_step(x, gradient))
             if self.choice == "batch":
-                value = value.mean().expand(len(x))
-            better = value > best
+                harmed = harmed.mean().expand(len(x))
+            better = harmed > best
             chosen = torch.where(better[:, None, None, None], point, chosen)
-            best = torch.where(better, value, best)
+            best = torch.where(better, harmed, best)
         return chosen
 
     def unprojected_step(self, x: Tensor, gradient: Tensor) -> Tensor:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from types import MethodType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastmat.errors import UserError
-from fastmat.models.protocol import ImageState, TextState, TextTokens, VisionLanguageModel
+from fastmat.models.protocol import ImageState, TextPrefixes, TextState, VisionLanguageModel
 
 Precision = Literal["fp32", "bf16"]
 
@@ -45,6 +45,8 @@ class Engine:
             raise UserError(f"micro_batch must be at least 1, got {self.micro_batch}")
 
 
+ENCODERS = ("encode_image", "encode_text", "text_prefixes", "continue_text")
+
 _active: ContextVar[Engine | None] = ContextVar("engine", default=None)
 
 
@@ -64,12 +66,12 @@ def executing(engine: Engine, model: VisionLanguageModel) -> Iterator[None]:
     device = model.logit_scale.device
     if engine.cuda_graph and device.type != "cuda":
         raise UserError(f"cuda_graph needs a model on a CUDA device, this one is on {device}: leave cuda_graph off")
-    names = ("encode_image", "encode_text")
+    names = [name for name in ENCODERS if hasattr(model, name)]
     before = {name: vars(model)[name] for name in names if name in vars(model)}
     token = _active.set(engine)
     try:
         if engine.precision != "fp32" or engine.compile:
-            vars(model).update(zip(names, _encoders(model, device.type), strict=True))
+            vars(model).update({name: _executed(model, getattr(model, name), device.type) for name in names})
         yield
     finally:
         _active.reset(token)
@@ -78,37 +80,29 @@ def executing(engine: Engine, model: VisionLanguageModel) -> Iterator[None]:
         vars(model).update(before)
 
 
-def _encoders(
-    model: VisionLanguageModel, device: str
-) -> tuple[Callable[[Tensor], ImageState], Callable[[TextTokens], TextState]]:
-    """The encoders of `model`, executed as the engine that is active when they are called says."""
-    of_images, of_texts = model.encode_image, model.encode_text
+def _executed(model: VisionLanguageModel, encode: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """An encoder of `model`, executed as the engine that is active when it is called says."""
 
-    def arithmetic() -> AbstractContextManager[object]:
-        return torch.autocast(device, torch.bfloat16) if active().precision == "bf16" else nullcontext()
+    def call(*arguments: Any) -> Any:
+        with torch.autocast(device, torch.bfloat16) if active().precision == "bf16" else nullcontext():
+            if active().compile and isinstance(encode, MethodType) and encode.__name__ == "encode_image":
+                return in_fp32(compiled(encode.__func__)(model, *arguments))
+            return in_fp32(encode(*arguments))
 
-    def encode_image(images: Tensor) -> ImageState:
-        with arithmetic():
-            if active().compile and isinstance(of_images, MethodType):
-                state = compiled(of_images.__func__)(model, images)
-            else:
-                state = of_images(images)
-        return state._replace(
-            tokens=None if state.tokens is None else state.tokens.float(),
-            embeds=state.embeds.float(),
-            features=state.features.float(),
-        )
+    return call
 
-    def encode_text(tokens: TextTokens) -> TextState:
-        with arithmetic():
-            state = of_texts(tokens)
-        return state._replace(
-            tokens=None if state.tokens is None else state.tokens.float(),
-            embeds=state.embeds.float(),
-            features=state.features.float(),
-        )
 
-    return encode_image, encode_text
+def in_fp32(state: ImageState | TextState | TextPrefixes | None) -> ImageState | TextState | TextPrefixes | None:
+    """States in fp32; keys and values of a prefix stay what the encoder made them."""
+    if state is None:
+        return None
+    if isinstance(state, TextPrefixes):
+        return state._replace(state=in_fp32(state.state))
+    return state._replace(
+        tokens=None if state.tokens is None else state.tokens.float(),
+        embeds=state.embeds.float(),
+        features=state.features.float(),
+    )
 
 
 @cache

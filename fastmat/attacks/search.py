@@ -67,16 +67,15 @@ def ascend(
     """`steps` projected-gradient steps from `start`, maximising `value(x, noise(step)) -> [B]`.
 
     Gradients with respect to the pixels only; `x` stays fp32 and inside ball and box after every step. decay: of
-    MI-FGSM's velocity; None: the gradient alone. noise: what is random in a step, a tensor of one shape for all steps,
-    drawn outside of it, so that a captured step gets fresh noise too; None: `value(x, step)`, where the step's number
-    may be used by nothing that is to be captured (`Engine.cuda_graph`).
+    MI-FGSM's velocity; None: the gradient alone. noise: what is random in a step, a new tensor of one shape for every
+    step, drawn outside of it, so that a captured step (`Engine.cuda_graph`) gets fresh noise too; or None.
     """
     if threat.eps == 0:
         return x0
     x = start.clone()  # steps are taken in place
     velocity = None if decay is None else torch.zeros_like(x)
     ball: dict[str, Any] = {"eps": threat.eps, "norm": threat.norm, "bounds": threat.bounds}
-    drawn: Any = 0 if noise is None else noise(0)
+    drawn = None if noise is None else noise(0)
 
     def step() -> None:
         live = x.detach().requires_grad_(True)
@@ -86,22 +85,12 @@ def ascend(
         else:
             ops.momentum_step(x, velocity, gradient, x0, step_size=step_size, decay=decay, out=x, **ball)
 
-    captured = active().cuda_graph
-    take = Repeated(step) if captured else step
+    take = Repeated(step) if active().cuda_graph else step
     for number in range(steps):
-        if noise is None:
-            drawn = NoNumber() if captured else number
-        elif number:
+        if number and noise is not None and drawn is not None:
             drawn.copy_(noise(number))  # a captured step reads this very tensor
         take()
     return x
-
-
-class NoNumber:
-    """Instead of a step's number in a captured step, which is recorded once for all of them."""
-
-    def __format__(self, spec: str) -> str:
-        raise UserError("cuda_graph cannot capture what draws by the number of a step: leave cuda_graph off")
 
 
 @torch.enable_grad()

@@ -13,8 +13,8 @@ from fastmat.attacks.search import check_steps
 from fastmat.attacks.word_substitution import WordSubstitution
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.quirks import Quirks
+from fastmat.text.candidates import CandidateSource
 from fastmat.text.encoded import Representation
-from fastmat.text.mlm import MaskedLanguageModel
 from fastmat.types import AttackContext, Batch, ThreatModel
 
 
@@ -32,12 +32,11 @@ class SepAttack(Attack):
         self,
         *,
         threat: ThreatModel,
-        mlm: MaskedLanguageModel,
+        candidates: CandidateSource,
         steps: int = 10,
         step_size: float | None = None,
         representation: Representation = "embeds",
-        top_k: int = 10,
-        threshold: float = 0.3,
+        beam: int = 1,
         quirks: Quirks | None = None,
         seed: int = 0,
     ) -> None:
@@ -51,13 +50,12 @@ class SepAttack(Attack):
             quirks=quirks,
         )
         self.words = WordSubstitution(
-            mlm=mlm,
+            candidates=candidates,
             max_words=threat.max_words,
             choice="kl",
             importance=representation,
             compare=representation,
-            top_k=top_k,
-            threshold=threshold,
+            beam=beam,
             quirks=quirks,
         )
 

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from fastmat.attacks.base import Attack
 from fastmat.attacks.draws import Draws
+from fastmat.attacks.objectives import Bound, Objective
 from fastmat.attacks.search import ascend, check_steps, random_start
-from fastmat.attacks.word_substitution import WordSubstitution
+from fastmat.attacks.word_substitution import TextPlan, WordSubstitution
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.ops import cosine_to_set, scale_views
 from fastmat.quirks import Quirks
-from fastmat.text.mlm import MaskedLanguageModel
+from fastmat.text.candidates import CandidateSource
 from fastmat.types import AttackContext, Batch, ThreatModel
 
 
@@ -26,7 +27,9 @@ class SGA(Attack):
     3. the original captions are substituted away from the adversarial image.
 
     steps 10, step_size eps/4 (0.5/255 at 2/255), scales and noise_std 0.05 as in the published code; the unscaled view
-    carries no noise. top_k, threshold: the masked language model's candidates.
+    carries no noise. candidates: what proposes substitutes; beam: texts per caption that are followed.
+    objective: what step 2 sums over the views instead. `Target` makes it a targeted attack: the image moves towards a
+    caption that is given, and in step 3 its own captions leave it, which lets the target rise.
     Raises UserError without a step or with a negative step size.
     """
 
@@ -34,13 +37,13 @@ class SGA(Attack):
         self,
         *,
         threat: ThreatModel,
-        mlm: MaskedLanguageModel,
+        candidates: CandidateSource,
         steps: int = 10,
         step_size: float | None = None,
         scales: Sequence[float] = (0.5, 0.75, 1.25, 1.5),
         noise_std: float = 0.05,
-        top_k: int = 10,
-        threshold: float = 0.3,
+        objective: Objective | None = None,
+        beam: int = 1,
         quirks: Quirks | None = None,
         seed: int = 0,
     ) -> None:
@@ -50,14 +53,14 @@ class SGA(Attack):
         self.step_size = threat.eps / 4 if step_size is None else step_size
         self.scales = tuple(scales)
         self.noise_std = noise_std
+        self.objective = objective
         self.quirks = quirks or Quirks()
         self.words = WordSubstitution(
-            mlm=mlm,
+            candidates=candidates,
             max_words=threat.max_words,
             choice="cosine",
             importance="features",
-            top_k=top_k,
-            threshold=threshold,
+            beam=beam,
             quirks=self.quirks,
         )
 
@@ -68,41 +71,45 @@ class SGA(Attack):
         with torch.no_grad():
             clean = model.encode_image(batch.images).features
         first = self.words.search(model, plan, clean[batch.txt2img])
-        images = self.attack_images(model, batch.replace(texts=first), draws)
+        images = self.attack_images(model, batch.replace(texts=first), context, draws, plan)
         with torch.no_grad():
             moved = model.encode_image(images).features
         return images, self.words.search(model, plan, moved[batch.txt2img])
 
-    def attack_images(self, model: VisionLanguageModel, batch: Batch, draws: Draws) -> Tensor:
-        """Step 2, against the captions of `batch` as they stand."""
-        own = self.words.features(model, batch.texts, max_length=self.quirks.mid_max_length)
-
-        def value(x: Tensor, step: int) -> Tensor:
-            return self.over_views(model, batch, own, x, step, draws)
-
-        start = random_start(batch, self.threat, draws)
-        return ascend(value, batch.images, start, threat=self.threat, steps=self.steps, step_size=self.step_size)
-
-    def over_views(
-        self, model: VisionLanguageModel, batch: Batch, own: Tensor, x: Tensor, step: int, draws: Draws
+    def attack_images(
+        self, model: VisionLanguageModel, batch: Batch, context: AttackContext, draws: Draws, plan: TextPlan
     ) -> Tensor:
-        """What step 2 ascends: minus the cosines of `x` and its scaled copies to `own` [T, E], summed, as [B]."""
-        # One view at a time, so that no single tensor holds the activations of all of them.
-        views = [x, *self.scaled(x, batch.index, step, draws)]
-        cosines = [cosine_to_set(model.encode_image(view).features, own, batch.txt2img) for view in views]
-        return -torch.stack(cosines).sum(0)
-
-    def scaled(self, x: Tensor, index: Tensor, step: int, draws: Draws) -> Sequence[Tensor]:
-        """The scaled copies of `x`, fresh noise for every step and scale."""
-        if not self.scales:
-            return ()
-        noise = [draws.normal(f"scale/{step}/{i}", index, x.shape[1:]) for i in range(len(self.scales))]
-        return tuple(
-            scale_views(
-                x,
-                self.scales,
-                torch.stack(noise).mul_(self.noise_std),
-                antialias=self.quirks.antialias,
-                bounds=self.threat.bounds,
-            )
+        """Step 2, against the captions of `batch` as they stand; plan: of what they were before."""
+        if self.objective is None:
+            value = self.away_from_captions(model, batch, plan)
+        else:
+            value = self.objective.bind(model, batch, context)
+        return ascend(
+            lambda x, noise: self.over_views(model, value, x, noise),
+            batch.images,
+            random_start(batch, self.threat, draws),
+            threat=self.threat,
+            steps=self.steps,
+            step_size=self.step_size,
+            noise=(lambda step: self.noise(batch, step, draws)) if self.scales else None,
         )
+
+    def away_from_captions(self, model: VisionLanguageModel, batch: Batch, plan: TextPlan) -> Bound:
+        """Minus the sum of cosines to the captions of `batch`; plan: of what they were before."""
+        own = self.words.features(model, batch.texts, max_length=self.quirks.mid_max_length, plan=plan)
+        return lambda state: -cosine_to_set(state.features, own, batch.txt2img)
+
+    def over_views(self, model: VisionLanguageModel, value: Bound, x: Tensor, noise: Tensor | None) -> Tensor:
+        """The sum of `value` over `x` and its scaled copies, as [B]."""
+        # One view at a time, so that no single tensor holds the activations of all of them.
+        views = [x]
+        if noise is not None:
+            antialias, bounds = self.quirks.antialias, self.threat.bounds
+            views += scale_views(x, self.scales, noise, antialias=antialias, bounds=bounds)
+        return torch.stack([value(model.encode_image(view)) for view in views]).sum(0)
+
+    def noise(self, batch: Batch, step: int, draws: Draws) -> Tensor:
+        """[scales, B, 3, H, W]: fresh for every step and scale."""
+        shape = batch.images.shape[1:]
+        drawn = [draws.normal(f"scale/{step}/{i}", batch.index, shape) for i in range(len(self.scales))]
+        return torch.stack(drawn).mul_(self.noise_std)

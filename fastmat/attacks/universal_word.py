@@ -21,6 +21,7 @@ from fastmat.attacks.universal_contrast import Corpus, contrast, farthest
 from fastmat.errors import UserError
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.text.encoded import EncodedTexts
+from fastmat.text.spelling import Speller
 from fastmat.text.words import is_stop_word, replaced
 
 UNKNOWN = "[UNK]"  # what the release masks a word with
@@ -54,7 +55,9 @@ def most_important(model: VisionLanguageModel, texts: Sequence[str]) -> list[int
     if not variants:
         return best
     # Texts of equal ids share a row of this table, so that equal importance is equal to the last bit.
-    rows = EncodedTexts(parts=("features",), chunk=CHUNK)(model, [*texts, *variants])["features"]
+    speller = Speller(model)
+    read = [speller.ids(text.split(" ")) for text in (*texts, *variants)]
+    rows = EncodedTexts(model, parts=("features",), length=speller.max_length)(read)["features"]
     clean, masked = rows[: len(texts)], rows[len(texts) :]
     target = clean[torch.tensor(owner, device=clean.device)].softmax(1)
     importance = F.kl_div(masked.log_softmax(1), target, reduction="none").sum(1).tolist()

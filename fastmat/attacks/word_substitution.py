@@ -8,9 +8,9 @@ has encoded the next one finds in the plan.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,105 +19,100 @@ from torch import Tensor
 from fastmat.errors import UserError
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.quirks import Quirks
-from fastmat.text.candidates import CandidateSource, find_candidates
+from fastmat.text.candidates import CandidateSource, Found
 from fastmat.text.encoded import EncodedTexts, Representation
-from fastmat.text.mlm import MaskedLanguageModel
-from fastmat.text.words import attackable, replaced, split
+from fastmat.text.spelling import UNKNOWN, Ids, RoundTrip, Speller
 
 Choice = Literal["kl", "cosine"]
-UNKNOWN = "[UNK]"  # what the published code masks a word with; not [MASK]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextPlan:
     """What a search needs of T captions, whatever it is guided by.
 
-    words: the captions split on blanks. candidates: word index to substitutes, best first. importance: word index to
-    KL(clean || masked). order: word indices by decreasing importance. encoded: the victim's view of every text met.
+    words: the captions split on blanks; ids: as the victim reads them. candidates: word index to substitutes, best
+    first. importance: word index to KL(clean || masked). order: word indices by decreasing importance.
+    encoded: the victim's view of every text met; speller: how it reads.
     """
 
     texts: tuple[str, ...]
     words: tuple[tuple[str, ...], ...]
-    candidates: tuple[dict[int, tuple[str, ...]], ...]
+    ids: tuple[Ids, ...]
+    candidates: tuple[Found, ...]
     importance: tuple[dict[int, float], ...]
     order: tuple[tuple[int, ...], ...]
+    speller: Speller
     encoded: EncodedTexts
+
+
+class Draft(NamedTuple):
+    """A caption under attack. changed: words spent."""
+
+    words: tuple[str, ...]
+    ids: Ids
+    changed: int
 
 
 class WordSubstitution:
     """Substitutes up to `max_words` words of each caption.
 
-    mlm: proposes the candidates. candidates: computes them, or reads them from disk (`CandidateCache`).
+    candidates: what proposes substitutes.
     choice: "cosine" takes the text least similar to its guide; "kl" the one farthest from the clean caption.
     importance: the representation on which a word's importance is measured; compare: the one of choice "kl".
         SGA: "features"; Co-Attack and Sep-Attack: "embeds" for CLIP, "cls" or "tokens" for BERT towers.
-    top_k, threshold: candidates per piece, and the least logit they may have (SGA and Co-Attack: 10, 0.3).
-    quirks: published departures; `text_max_length` also limits what the language model reads.
-    chunk: texts per forward of the victim.
+    beam: texts per caption that are followed from word to word; 1, as published, follows the best one. The best text of
+        the last beam is returned: with more than one word to spend, a wider beam can find pairs of words that are
+        harmful together, at up to `beam` times the cost.
+    quirks: published departures; `text_max_length` also limits what the victim reads.
     """
 
     def __init__(
         self,
         *,
-        mlm: MaskedLanguageModel,
+        candidates: CandidateSource,
         max_words: int = 1,
         choice: Choice = "cosine",
         importance: Representation = "features",
         compare: Representation = "features",
-        top_k: int = 10,
-        threshold: float = 0.3,
+        beam: int = 1,
         quirks: Quirks | None = None,
-        chunk: int = 64,
-        candidates: CandidateSource = find_candidates,
     ) -> None:
         if choice not in get_args(Choice):
             raise UserError(f"choice must be one of {', '.join(get_args(Choice))}, got {choice!r}")
         for name, value in (("importance", importance), ("compare", compare)):
             if value not in get_args(Representation):
                 raise UserError(f"{name} must be one of {', '.join(get_args(Representation))}, got {value!r}")
-        if top_k < 1 or chunk < 1:
-            raise UserError(f"top_k and chunk must be at least 1, got {top_k} and {chunk}")
+        if beam < 1:
+            raise UserError(f"beam must be at least 1, got {beam}")
         if max_words < 0:
             raise UserError(f"max_words must not be negative, got {max_words}")
-        self.mlm = mlm
+        self.quirks = quirks or Quirks()
+        if self.quirks.round_trip and candidates.mlm is None:
+            raise UserError("the quirk round_trip (of parity: official) reads captions through a masked language model")
+        self.candidates = candidates
         self.max_words = max_words
         self.choice = choice
         self.importance: Representation = importance
         self.judged: Representation = "features" if choice == "cosine" else compare
-        self.top_k = top_k
-        self.threshold = threshold
-        self.quirks = quirks or Quirks()
-        self.chunk = chunk
-        self.candidates = candidates
-        self.max_length = min(self.quirks.text_max_length or mlm.max_length, mlm.max_length)
+        self.beam = beam
 
     @torch.no_grad()
     def plan(self, model: VisionLanguageModel, texts: Sequence[str]) -> TextPlan:
         """Candidates and word importance of T captions, each in a few large batches."""
-        quirks = self.quirks
-        captions = [split(text, self.mlm) for text in texts]
-        wanted = [
-            attackable(caption, max_length=self.max_length, case_sensitive=quirks.case_sensitive_filters)
-            for caption in captions
-        ]
-        candidates = self.candidates(
-            self.mlm,
-            captions,
-            wanted,
-            top_k=self.top_k,
-            threshold=self.threshold,
-            quirks=quirks,
-            max_length=self.max_length,
-        )
-        encoded = self._encoder(self.importance, self.judged)
-        words = tuple(caption.words for caption in captions)
-        importance = self._importance(model, texts, words, candidates, encoded)
+        words = tuple(tuple(text.split(" ")) for text in texts)
+        candidates = self.candidates(texts, quirks=self.quirks) if self.max_words else [{} for _ in texts]
+        speller = self._speller(model)
+        encoded = EncodedTexts(model, parts=(self.importance, self.judged), length=speller.max_length)
+        ids = tuple(speller.ids(of) for of in words)
+        importance = self._importance(words, ids, candidates, speller, encoded)
         return TextPlan(
             texts=tuple(texts),
             words=words,
+            ids=ids,
             candidates=tuple(candidates),
             importance=tuple(importance),
             order=tuple(tuple(sorted(of, key=of.__getitem__, reverse=True)) for of in importance),
+            speller=speller,
             encoded=encoded,
         )
 
@@ -134,82 +129,97 @@ class WordSubstitution:
             raise ValueError(f"choice 'cosine' needs a guide with {len(plan.texts)} rows, one per caption")
         if self.max_words == 0 or not any(plan.order):
             return plan.texts
-        reference = guide if self.choice == "cosine" else plan.encoded(model, plan.texts)[self.judged]
+        reference = guide if self.choice == "cosine" else plan.encoded(plan.ids)[self.judged]
         assert reference is not None
-        words = [list(of) for of in plan.words]
-        tried, changed = [0] * len(words), [0] * len(words)
-        while active := [
-            t for t, order in enumerate(plan.order) if tried[t] < len(order) and changed[t] < self.max_words
-        ]:
-            current = [plan.order[t][tried[t]] for t in active]
-            options = [(words[t][i], *plan.candidates[t][i]) for t, i in zip(active, current, strict=True)]
-            variants = [
-                [replaced(words[t], i, word) for word in of] for t, i, of in zip(active, current, options, strict=True)
+        beams = [[Draft(words, ids, 0)] for words, ids in zip(plan.words, plan.ids, strict=True)]
+        for tried in range(max(map(len, plan.order))):
+            active = [
+                t
+                for t, order in enumerate(plan.order)
+                if tried < len(order) and any(draft.changed < self.max_words for draft in beams[t])
             ]
-            best = self._best(model, plan.encoded, reference, active, variants)
-            for t, i, of, choice in zip(active, current, options, best, strict=True):
-                tried[t] += 1
-                changed[t] += choice > 0
-                words[t][i] = of[choice]
-        return tuple(" ".join(of) for of in words)
+            if not active:
+                break
+            options = [self._options(plan, t, plan.order[t][tried], beams[t]) for t in active]
+            for t, of, scores in zip(active, options, self._scores(plan, active, options, reference), strict=True):
+                # Sorting is stable: of equals the first, which is the current text, stands first.
+                best = sorted(range(len(of)), key=scores.__getitem__, reverse=True)[: self.beam]
+                beams[t] = [of[n] for n in best]
+        return tuple(" ".join(drafts[0].words) for drafts in beams)
 
     @torch.no_grad()
-    def features(self, model: VisionLanguageModel, texts: Sequence[str], *, max_length: int | None = None) -> Tensor:
-        """[T, E] unit features of `texts` as this search's victim reads them (through the round trip, if that is on).
-
-        max_length: pieces kept, instead of `text_max_length`.
-        """
-        read = self._encoder("features", max_length=max_length)
-        return read(model, texts)["features"]
-
-    def _best(
-        self,
-        model: VisionLanguageModel,
-        encoded: EncodedTexts,
-        reference: Tensor,
-        active: Sequence[int],
-        variants: Sequence[Sequence[str]],
-    ) -> list[int]:
-        """For each active caption the variant that scores highest, the first of equals."""
-        rows = encoded(model, [text for of in variants for text in of])[self.judged]
-        owner = torch.tensor([t for t, of in zip(active, variants, strict=True) for _ in of], device=rows.device)
-        if self.choice == "cosine":
-            scores = -(rows * reference[owner]).sum(-1)
-        else:
-            scores = kl_divergence(reference[owner], rows)
-        counts = torch.tensor([[len(of)] for of in variants], device=rows.device)
-        table = scores.new_full((len(variants), max(map(len, variants))), -torch.inf)
-        table[torch.arange(table.shape[1], device=rows.device) < counts] = scores
-        return table.argmax(1).tolist()
-
-    def _encoder(self, *parts: Representation, max_length: int | None = None) -> EncodedTexts:
-        """The victim reads captions as they are, or as BERT's pieces spell them (`Quirks.round_trip`)."""
-        if not self.quirks.round_trip:
-            return EncodedTexts(parts=parts, chunk=self.chunk, max_length=max_length or self.quirks.text_max_length)
-        pieces, append_sep = max_length or self.max_length, self.quirks.append_sep
-        return EncodedTexts(
-            parts=parts,
-            chunk=self.chunk,
-            prepare=lambda text: self.mlm.round_trip(text, append_sep=append_sep, max_length=pieces),
-        )
-
-    def _importance(
+    def features(
         self,
         model: VisionLanguageModel,
         texts: Sequence[str],
+        *,
+        max_length: int | None = None,
+        plan: TextPlan | None = None,
+    ) -> Tensor:
+        """[T, E] unit features of `texts` as this search's victim reads them (through the round trip, if that is on).
+
+        max_length: pieces kept, instead of `text_max_length`. plan: of the captions that `texts` were made of; what it
+        has encoded is not encoded again.
+        """
+        speller = self._speller(model, max_length)
+        rows = [speller.ids(text.split(" ")) for text in texts]
+        if plan is None or {"tokens", "cls"} & set(plan.encoded.parts):
+            return EncodedTexts(model, parts=("features",), length=speller.max_length)(rows)["features"]
+        known = plan.encoded(rows, base=plan.ids)
+        return known["features"] if "features" in known else F.normalize(known["embeds"], dim=-1)
+
+    def _options(self, plan: TextPlan, t: int, word: int, drafts: Sequence[Draft]) -> list[Draft]:
+        """Each draft of caption t as it is, followed by what may become of it."""
+        found = []
+        for draft in drafts:
+            found.append(draft)
+            if draft.changed < self.max_words:
+                substitutes = plan.candidates[t][word]
+                rows = plan.speller.variants(draft.words, word, substitutes)
+                for substitute, ids in zip(substitutes, rows, strict=True):
+                    words = (*draft.words[:word], substitute, *draft.words[word + 1 :])
+                    found.append(Draft(words, ids, draft.changed + 1))
+        return found
+
+    def _scores(
+        self, plan: TextPlan, active: Sequence[int], options: Sequence[Sequence[Draft]], reference: Tensor
+    ) -> Iterator[list[float]]:
+        """What is maximised, of every option of every active caption."""
+        owners = [t for t, of in zip(active, options, strict=True) for _ in of]
+        texts = [draft.ids for of in options for draft in of]
+        rows = plan.encoded(texts, base=[plan.ids[t] for t in owners])[self.judged]
+        own = reference[torch.tensor(owners, device=rows.device)]
+        scores = (-(rows * own).sum(-1) if self.choice == "cosine" else kl_divergence(own, rows)).tolist()
+        start = 0
+        for of in options:
+            yield scores[start : start + len(of)]
+            start += len(of)
+
+    def _speller(self, model: VisionLanguageModel, max_length: int | None = None) -> Speller:
+        """The victim reads captions as they are, or as BERT's pieces spell them (`Quirks.round_trip`)."""
+        quirks, mlm = self.quirks, self.candidates.mlm
+        limit = max_length or quirks.text_max_length
+        if not quirks.round_trip or mlm is None:
+            return Speller(model, max_length=limit)
+        pieces = min(limit or mlm.max_length, mlm.max_length)
+        return Speller(model, trip=RoundTrip(mlm=mlm, append_sep=quirks.append_sep, max_length=pieces))
+
+    def _importance(
+        self,
         words: Sequence[Sequence[str]],
-        candidates: Sequence[dict[int, tuple[str, ...]]],
+        ids: Sequence[Ids],
+        candidates: Sequence[Found],
+        speller: Speller,
         encoded: EncodedTexts,
     ) -> list[dict[int, float]]:
         """Word index to importance, for the words that have candidates: no other can be substituted."""
         masked = [(t, i) for t, of in enumerate(candidates) for i in sorted(of)]
-        found: list[dict[int, float]] = [{} for _ in texts]
+        found: list[dict[int, float]] = [{} for _ in words]
         if not masked:
             return found
-        clean = encoded(model, texts)[self.importance]
-        variants = self._encoder(self.importance)(model, [replaced(words[t], i, UNKNOWN) for t, i in masked])
-        owner = torch.tensor([t for t, _ in masked], device=clean.device)
-        values = kl_divergence(clean[owner], variants[self.importance]).tolist()
+        base = [ids[t] for t, _ in masked]
+        variants = encoded([speller.variants(words[t], i, (UNKNOWN,))[0] for t, i in masked], base=base)
+        values = kl_divergence(encoded(base)[self.importance], variants[self.importance]).tolist()
         for (t, i), value in zip(masked, values, strict=True):
             found[t][i] = value
         return found

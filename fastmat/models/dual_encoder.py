@@ -6,25 +6,22 @@ A model family is a file that takes a library's model apart into these pieces.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmat.models.protocol import Encoded, ImageState, TextState, TextTokens
+from fastmat.models.causal import CausalTower
+from fastmat.models.protocol import (
+    Encoded,
+    ImageState,
+    TextPrefixes,
+    TextState,
+    TextTokens,
+    Tokenizer,
+    token_batch,
+)
 from fastmat.types import ImageTransform
-
-
-class Tokenizer(Protocol):
-    """pad_id fills rows up to the longest; pad_to_context: the text tower needs rows of full length."""
-
-    pad_id: int
-    pad_to_context: bool
-
-    def __call__(self, text: str, max_length: int) -> list[int]:
-        """Ids of one caption with its special tokens, at most `max_length` of them."""
-        ...
 
 
 class DualEncoder(nn.Module):
@@ -73,13 +70,8 @@ class DualEncoder(nn.Module):
     def tokenize(self, texts: Sequence[str], *, max_length: int | None = None, pad: bool = False) -> TextTokens:
         limit = self.context_length if max_length is None else min(max_length, self.context_length)
         rows = [self.tokenizer(text, limit) for text in texts]
-        full = (
-            self.context_length if self.tokenizer.pad_to_context else limit if pad else max(map(len, rows), default=0)
-        )
-        padded = [[*row, *[self.tokenizer.pad_id] * (full - len(row))] for row in rows]
-        ids = torch.tensor(padded, dtype=torch.int64).view(len(rows), full)
-        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
-        return TextTokens(ids, torch.arange(full) < lengths[:, None])
+        length = self.context_length if self.tokenizer.pad_to_context else limit if pad else None
+        return token_batch(rows, pad_id=self.tokenizer.pad_id, length=length)
 
     def encode_image(self, images: Tensor) -> ImageState:
         size = self.image_transform.size
@@ -93,6 +85,29 @@ class DualEncoder(nn.Module):
         pooled, sequence = self.text_tower(tokens.ids, tokens.mask)
         embeds = self.text_projection(pooled).float()
         return TextState(tokens.ids, tokens.mask, sequence, embeds, F.normalize(embeds, dim=-1))
+
+    def text_prefixes(self, tokens: TextTokens) -> TextPrefixes | None:
+        tower = self._causal_tower()
+        if tower is None:
+            return None
+        pooled, keys, values = tower.prefixes(tokens.ids, tokens.mask.sum(1))
+        return TextPrefixes(self._text_state(tokens, pooled), keys, values)
+
+    def continue_text(self, prefixes: TextPrefixes, owner: Tensor, start: Tensor, ids: Tensor) -> TextState:
+        tower = self._causal_tower()
+        assert tower is not None
+        pooled = tower.continued(prefixes.keys, prefixes.values, owner, start, ids)
+        return self._text_state(TextTokens(ids, torch.ones_like(ids, dtype=torch.bool)), pooled)
+
+    def _causal_tower(self) -> CausalTower | None:
+        """Nothing where parameters are sharded: they are whole only inside the forward of the module they belong to."""
+        causal = getattr(self.text_tower, "causal", None)
+        whole = all(type(p) is nn.Parameter and not hasattr(p, "ds_id") for p in self.text_tower.parameters())
+        return causal() if causal is not None and whole else None
+
+    def _text_state(self, tokens: TextTokens, pooled: Tensor) -> TextState:
+        embeds = self.text_projection(pooled).float()
+        return TextState(tokens.ids, tokens.mask, None, embeds, F.normalize(embeds, dim=-1))
 
     def forward(self, images: Tensor | None, tokens: TextTokens | None) -> Encoded:
         image = None if images is None else self.encode_image(images)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from PIL.Image import Resampling
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from fastmat.errors import UserError
-from fastmat.models.dual_encoder import DualEncoder, Tokenizer
+from fastmat.models.causal import CausalBlock, CausalTower
+from fastmat.models.dual_encoder import DualEncoder
+from fastmat.models.protocol import Tokenizer, encodable
+from fastmat.models.tokenizers import is_plain
 from fastmat.types import ImageTransform
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -37,6 +43,27 @@ class TextTower(nn.Module):
         output = self.text_model(input_ids=ids)
         return output.pooler_output, output.last_hidden_state
 
+    def causal(self) -> CausalTower | None:
+        """The tower block by block."""
+        text: Any = self.text_model
+        return CausalTower(
+            embed=lambda ids, positions: text.embeddings(input_ids=ids, position_ids=positions),
+            blocks=[_block(layer) for layer in text.encoder.layers],
+            norm=text.final_layer_norm,
+        )
+
+
+def _block(layer: Any) -> CausalBlock:
+    attention = layer.self_attn
+    return CausalBlock(
+        heads=attention.num_heads,
+        norm_1=layer.layer_norm1,
+        project=lambda x: (attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)),
+        merge=attention.out_proj,
+        norm_2=layer.layer_norm2,
+        feed_forward=layer.mlp,
+    )
+
 
 class TransformersTokenizer:
     """transformers' CLIPTokenizer, one caption at a time."""
@@ -48,7 +75,13 @@ class TransformersTokenizer:
         self.pad_id = 0  # any id does: the tower is causal and pools at the first end token
 
     def __call__(self, text: str, max_length: int) -> list[int]:
-        return self.wrapped(text, truncation=True, max_length=max_length)["input_ids"]
+        return self.wrapped(encodable(text), truncation=True, max_length=max_length)["input_ids"]
+
+    def word(self, word: str) -> tuple[int, ...] | None:
+        return tuple(self.wrapped(word, add_special_tokens=False)["input_ids"]) if is_plain(word) else None
+
+    def frame(self, ids: Sequence[int], max_length: int) -> list[int]:
+        return [self.wrapped.bos_token_id, *ids[: max_length - 2], self.wrapped.eos_token_id]
 
 
 def load_hf_clip(path: str) -> DualEncoder:

@@ -8,14 +8,23 @@ from pathlib import Path
 
 import open_clip
 import torch
+import torch.nn.functional as F
 from open_clip.model import CustomTextCLIP
 from open_clip.timm_model import TimmModel
 from open_clip.tokenizer import SimpleTokenizer
-from open_clip.transformer import TextTransformer, VisionTransformer, text_global_pool
+from open_clip.transformer import (
+    ResidualAttentionBlock,
+    TextTransformer,
+    Transformer,
+    VisionTransformer,
+    text_global_pool,
+)
 from torch import Tensor, nn
 
 from fastmat.errors import UserError, nearest
-from fastmat.models.dual_encoder import DualEncoder, Tokenizer
+from fastmat.models.causal import CausalBlock, CausalTower
+from fastmat.models.dual_encoder import DualEncoder
+from fastmat.models.protocol import Tokenizer
 from fastmat.models.tokenizers import ClipTokenizer, HubTokenizer
 from fastmat.models.weights import load_weights
 from fastmat.types import ImageTransform
@@ -28,6 +37,7 @@ class ViTTower(nn.Module):
         super().__init__()
         visual.proj = None
         visual.output_tokens = True
+        _sequence_first(visual.transformer)
         self.visual = visual
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -68,6 +78,7 @@ class TextTower(nn.Module):
     def __init__(self, text: TextTransformer) -> None:
         super().__init__()
         text.text_projection = None
+        _sequence_first(text.transformer)
         self.text = text
 
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -76,6 +87,39 @@ class TextTower(nn.Module):
         causal = None if text.attn_mask is None else text.attn_mask[:length, :length].to(x)
         tokens = text.ln_final(text.transformer(x, attn_mask=causal))
         return text_global_pool(tokens, ids, text.pool_type, eos_token_id=getattr(text, "eos_id", None)), tokens
+
+    def causal(self) -> CausalTower | None:
+        """The tower block by block; None where a token sees what comes after it, or a block is not the plain one."""
+        text = self.text
+        blocks = list(text.transformer.resblocks)
+        plain = all(type(b) is ResidualAttentionBlock and type(b.attn) is nn.MultiheadAttention for b in blocks)
+        if text.attn_mask is None or text.pool_type not in ("argmax", "eos") or not plain:
+            return None
+        return CausalTower(
+            embed=lambda ids, positions: text.token_embedding(ids) + text.positional_embedding[positions],
+            blocks=[_block(block) for block in blocks],
+            norm=text.ln_final,
+        )
+
+
+def _sequence_first(transformer: Transformer) -> None:
+    """Attention on [L, N, W]. Batch first, PyTorch copies a frozen weight once per row of the batch."""
+    if all(type(block) is ResidualAttentionBlock for block in transformer.resblocks):
+        transformer.batch_first = False
+        for block in transformer.resblocks:
+            block.attn.batch_first = False
+
+
+def _block(block: ResidualAttentionBlock) -> CausalBlock:
+    attention = block.attn
+    return CausalBlock(
+        heads=attention.num_heads,
+        norm_1=block.ln_1,
+        project=lambda x: F.linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, -1),
+        merge=lambda x: block.ls_1(attention.out_proj(x)),
+        norm_2=block.ln_2,
+        feed_forward=lambda x: block.ls_2(block.mlp(x)),
+    )
 
 
 class WholeTextTower(nn.Module):

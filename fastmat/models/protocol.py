@@ -24,6 +24,45 @@ class TextTokens(NamedTuple):
         return TextTokens(self.ids.to(device, non_blocking=True), self.mask.to(device, non_blocking=True))
 
 
+def token_batch(rows: Sequence[Sequence[int]], *, pad_id: int, length: int | None = None) -> TextTokens:
+    """Rows of ids, padded to `length` (default: the longest)."""
+    full = max(map(len, rows), default=0) if length is None else length
+    padded = [[*row, *[pad_id] * (full - len(row))] for row in rows]
+    ids = torch.tensor(padded, dtype=torch.int64).view(len(rows), full)
+    return TextTokens(ids, torch.arange(full) < torch.tensor([len(row) for row in rows])[:, None])
+
+
+def encodable(text: str) -> str:
+    """The text with half characters (lone surrogates, as broken JSON has them) as question marks.
+
+    >>> encodable("dog \\ud83d"), encodable("dog \\U0001f415")
+    ('dog ?', 'dog \\U0001f415')
+    """
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+class Tokenizer(Protocol):
+    """pad_id fills rows up to the longest; pad_to_context: the text tower needs rows of full length.
+
+    For every text, `tokenizer(text, n)` is `frame(ids, n)` of the ids of its words, if `word` knows them all.
+    """
+
+    pad_id: int
+    pad_to_context: bool
+
+    def __call__(self, text: str, max_length: int) -> list[int]:
+        """Ids of one caption with its special tokens, at most `max_length` of them."""
+        ...
+
+    def word(self, word: str) -> tuple[int, ...] | None:
+        """Ids of what stands between two blanks; None where they may depend on the words around it."""
+        ...
+
+    def frame(self, ids: Sequence[int], max_length: int) -> list[int]:
+        """Special tokens around the ids of words, which are cut so that there are at most `max_length` in all."""
+        ...
+
+
 class ImageState(NamedTuple):
     """tokens [B, N, D] (the sequence; None where a tower has none), embeds [B, E] projected and un-normalised,
     features [B, E] the same with unit rows."""
@@ -42,6 +81,14 @@ class TextState(NamedTuple):
     tokens: Tensor | None
     embeds: Tensor
     features: Tensor
+
+
+class TextPrefixes(NamedTuple):
+    """T texts, and what any text that begins like one of them needs: keys and values per layer [T, H, L, D]."""
+
+    state: TextState
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
 
 
 class Encoded(NamedTuple):
@@ -70,6 +117,7 @@ class VisionLanguageModel(Protocol):
 
     image_transform: ImageTransform
     context_length: int
+    tokenizer: Tokenizer
     image_projection: nn.Module
     text_projection: nn.Module
 
@@ -94,6 +142,22 @@ class VisionLanguageModel(Protocol):
         ...
 
     def __call__(self, images: Tensor | None, tokens: TextTokens | None) -> Encoded: ...
+
+
+@runtime_checkable
+class PrefixModel(VisionLanguageModel, Protocol):
+    """A model that can encode the beginning which texts share once, because its text tower may be causal."""
+
+    def text_prefixes(self, tokens: TextTokens) -> TextPrefixes | None:
+        """Encode [T, L] and keep what continuations need; None when the tower cannot be continued."""
+        ...
+
+    def continue_text(self, prefixes: TextPrefixes, owner: Tensor, start: Tensor, ids: Tensor) -> TextState:
+        """Text r begins with the first `start[r]` ids of prefix `owner[r]` and goes on with `ids[r]` to its end.
+
+        owner, start [R] int64; ids [R, S] int64, all of the same length; the state has no tokens.
+        """
+        ...
 
 
 @runtime_checkable

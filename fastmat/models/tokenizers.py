@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from fastmat.models.protocol import encodable
+
 if TYPE_CHECKING:
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+    from transformers import BertTokenizerFast
+
+# Printable ASCII is tokenised word by word. An ampersand may begin an entity, and clean-up looks at the text around it.
+PLAIN = re.compile(r"[!-%'-~]*")
+
+
+def is_plain(word: str) -> bool:
+    """Whether no clean-up of a tokenizer changes the word or looks beyond it.
+
+    >>> is_plain("dog's"), is_plain("&amp;"), is_plain("caf\u00e9")
+    (True, False, False)
+    """
+    return PLAIN.fullmatch(word) is not None
 
 
 class ClipTokenizer:
@@ -22,8 +38,13 @@ class ClipTokenizer:
         self._encode = lru_cache(maxsize=1 << 16)(self.bpe.encode)  # the same captions come back at every pass
 
     def __call__(self, text: str, max_length: int) -> list[int]:
-        pieces = self._encode(text)[: max_length - 2]
-        return [self.bpe.sot_token_id, *pieces, self.bpe.eot_token_id]
+        return self.frame(self._encode(text), max_length)
+
+    def word(self, word: str) -> tuple[int, ...] | None:
+        return tuple(self._encode(word)) if is_plain(word) else None
+
+    def frame(self, ids: Sequence[int], max_length: int) -> list[int]:
+        return [self.bpe.sot_token_id, *ids[: max_length - 2], self.bpe.eot_token_id]
 
 
 class HubTokenizer:
@@ -36,10 +57,40 @@ class HubTokenizer:
         self.pad_to_context = True
 
     def __call__(self, text: str, max_length: int) -> list[int]:
-        ids = self.wrapped([text], context_length=max_length)[0].tolist()
+        ids = self.wrapped([encodable(text)], context_length=max_length)[0].tolist()
         while ids and ids[-1] == self.pad_id:
             ids.pop()
         return ids
+
+    def word(self, word: str) -> tuple[int, ...] | None:
+        return None  # any tokenizer of the hub: nothing is known of it
+
+    def frame(self, ids: Sequence[int], max_length: int) -> list[int]:
+        raise NotImplementedError("no word has ids of its own")
+
+
+class WordPieceTokenizer:
+    """BERT's: `[CLS] pieces [SEP]`, or without [SEP] as ALBEF's bundled tokenizer has it."""
+
+    pad_to_context = False
+
+    def __init__(self, bert: BertTokenizerFast, *, append_sep: bool = True) -> None:
+        self.pad_id: int = bert.pad_token_id
+        self._start: int = bert.cls_token_id
+        self._end = [bert.sep_token_id] if append_sep else []
+        backend = bert.backend_tokenizer
+        self._encode = lru_cache(maxsize=1 << 16)(
+            lambda text: tuple(backend.encode(encodable(text), add_special_tokens=False).ids)
+        )
+
+    def __call__(self, text: str, max_length: int) -> list[int]:
+        return self.frame(self._encode(text), max_length)
+
+    def word(self, word: str) -> tuple[int, ...] | None:
+        return self._encode(word) if is_plain(word) else None
+
+    def frame(self, ids: Sequence[int], max_length: int) -> list[int]:
+        return [self._start, *ids[: max_length - 1 - len(self._end)], *self._end]
 
 
 class WordTokenizer:
@@ -56,8 +107,16 @@ class WordTokenizer:
         return len(self.vocabulary) + 4
 
     def __call__(self, text: str, max_length: int) -> list[int]:
-        words = [self._ids.get(word, 3) for word in text.lower().split()]
-        return [1, *words[: max_length - 2], 2]
+        return self.frame(self._encode(text), max_length)
+
+    def word(self, word: str) -> tuple[int, ...] | None:
+        return self._encode(word) if is_plain(word) else None
+
+    def frame(self, ids: Sequence[int], max_length: int) -> list[int]:
+        return [1, *ids[: max_length - 2], 2]
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self._ids.get(word, 3) for word in text.lower().split())
 
 
 class HashTokenizer:
@@ -73,5 +132,13 @@ class HashTokenizer:
         return self.buckets + 3
 
     def __call__(self, text: str, max_length: int) -> list[int]:
-        words = [3 + zlib.crc32(word.encode()) % self.buckets for word in text.lower().split()]
-        return [1, *words[: max_length - 2], 2]
+        return self.frame(self._encode(text), max_length)
+
+    def word(self, word: str) -> tuple[int, ...] | None:
+        return self._encode(word) if is_plain(word) else None
+
+    def frame(self, ids: Sequence[int], max_length: int) -> list[int]:
+        return [1, *ids[: max_length - 2], 2]
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(3 + zlib.crc32(encodable(word).encode()) % self.buckets for word in text.lower().split())

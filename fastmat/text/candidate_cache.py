@@ -36,7 +36,7 @@ from fastmat.quirks import Quirks
 from fastmat.text import candidates
 from fastmat.text.candidates import Found, find_candidates
 from fastmat.text.mlm import MaskedLanguageModel
-from fastmat.text.words import STOP_WORDS, Words, attackable, split
+from fastmat.text.words import STOP_WORDS, Words
 
 FORMAT = 1  # another number for every change of what `find_candidates` returns or of how records are written
 QUIRKS = ("candidate_row_offset", "append_sep", "blanks_in_candidates", "case_sensitive_filters")
@@ -105,31 +105,6 @@ class CandidateCache:
             )  # fmt: skip
         stored = scope.read([key for key in keys if key not in computed])
         return [dict(computed[key] if key in computed else stored[key]) for key in keys]
-
-    def fill(
-        self,
-        mlm: MaskedLanguageModel,
-        texts: Sequence[str],
-        *,
-        top_k: int = 10,
-        threshold: float = 0.3,
-        quirks: Quirks | None = None,
-    ) -> int:
-        """Store the candidates of `texts` as a search over words with these settings will ask for them.
-
-        A filled chunk survives a kill: the next call goes on from there. Returns how many had to be computed.
-        """
-        quirks, before = quirks or Quirks(), self.misses
-        max_length = min(quirks.text_max_length or mlm.max_length, mlm.max_length)
-        distinct = list(dict.fromkeys(texts))
-        for start in range(0, len(distinct), CAPTIONS_PER_WRITE):
-            captions = [split(text, mlm) for text in distinct[start : start + CAPTIONS_PER_WRITE]]
-            wanted = [
-                attackable(caption, max_length=max_length, case_sensitive=quirks.case_sensitive_filters)
-                for caption in captions
-            ]
-            self(mlm, captions, wanted, top_k=top_k, threshold=threshold, quirks=quirks, max_length=max_length)
-        return self.misses - before
 
     def _scope(self, mlm: MaskedLanguageModel, **settings: Any) -> Scope:
         manifest = describe(mlm, **settings)

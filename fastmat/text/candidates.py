@@ -25,21 +25,17 @@ Found = dict[int, tuple[str, ...]]  # of one caption: word index to its candidat
 
 @runtime_checkable
 class CandidateSource(Protocol):
-    """What proposes substitutes: `find_candidates`, or a cache of what it found."""
+    """What proposes substitutes. mlm: the masked language model behind it, if there is one."""
 
-    def __call__(
-        self,
-        mlm: MaskedLanguageModel,
-        captions: Sequence[Words],
-        wanted: Sequence[Sequence[int]],
-        /,
-        *,
-        top_k: int,
-        threshold: float,
-        quirks: Quirks,
-        max_length: int,
-    ) -> list[Found]:
-        """For each caption: word index to its candidates, best first; words without any are left out."""
+    @property
+    def mlm(self) -> MaskedLanguageModel | None: ...
+
+    def __call__(self, captions: Sequence[str], *, quirks: Quirks) -> list[Found]:
+        """For each caption, split on single blanks: word index to its candidates, best first.
+
+        Words that may not be attacked, and words without any candidate, are left out.
+        """
+        ...
 
 
 def find_candidates(

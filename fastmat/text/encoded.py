@@ -1,17 +1,26 @@
-"""Texts as a victim sees them: each distinct row of token ids is encoded once, in length-sorted chunks."""
+"""Texts as a victim sees them: each distinct row of token ids is encoded once, without padding.
+
+Rows of one length stand together. Where the text tower is causal, a variant of a caption is encoded from the first
+position on at which it differs; what stands before comes from the caption.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastmat.errors import UserError
-from fastmat.models.protocol import TextState, TextTokens, VisionLanguageModel
+from fastmat.memory import Chunks
+from fastmat.models.protocol import PrefixModel, TextPrefixes, TextState, VisionLanguageModel, token_batch
+from fastmat.text.spelling import Ids
 
 Representation = Literal["features", "embeds", "tokens", "cls"]
+Parts = dict[Representation, Tensor]
 
 
 def represent(state: TextState, what: Representation) -> Tensor:
@@ -26,63 +35,132 @@ def represent(state: TextState, what: Representation) -> Tensor:
 
 
 class EncodedTexts:
-    """A growing table of representations.
+    """A growing table of representations. Texts of equal ids share a row, so their scores tie exactly.
 
-    Texts of equal ids (duplicates, words beyond the context, letter case) share a row, so their scores tie exactly.
-
-    parts: what is kept of each text. prepare: what is done to a text before the victim's tokenizer.
-    max_length: ids per text, None: the victim's context. chunk: texts per forward.
+    parts: what is kept of each text. length: ids per row when "tokens" is kept, which pads. tokens: positions per
+    forward at most, all rows together; None: by device. Fewer when memory runs out.
     """
 
     def __init__(
-        self,
-        *,
-        parts: Sequence[Representation],
-        chunk: int,
-        max_length: int | None = None,
-        prepare: Callable[[str], str] = str,
+        self, model: VisionLanguageModel, *, parts: Sequence[Representation], length: int, tokens: int | None = None
     ) -> None:
+        self.model = model
         self.parts = tuple(dict.fromkeys(parts))
-        self.chunk = chunk
-        self.max_length = max_length
-        self.prepare = prepare
-        self._row: dict[str, int] = {}
-        self._row_of_ids: dict[bytes, int] = {}
+        self.length = length
+        self.device = model.logit_scale.device
+        tokens = tokens or (2048 if self.device.type == "cpu" else 1 << 16)  # on a CPU: what its cache holds
+        self._forward = Chunks(tokens, item="text", advice="no smaller batch is left; take a smaller model or device")
+        self._prefixes = Chunks(max(tokens, 8192), item="caption", advice="no smaller batch is left")
+        self._row: dict[Ids, int] = {}
         self._table: dict[Representation, Tensor] = {}
 
     def __len__(self) -> int:
         """Rows: texts encoded so far."""
-        return len(self._row_of_ids)
+        return len(self._row)
 
     @torch.no_grad()
-    def __call__(self, model: VisionLanguageModel, texts: Sequence[str]) -> dict[Representation, Tensor]:
-        """Each part as [len(texts), D] on the model's device; encodes what has not been seen."""
-        new = sorted(dict.fromkeys(text for text in texts if text not in self._row), key=len)
-        fresh: dict[Representation, list[Tensor]] = {part: [] for part in self.parts}
-        for start in range(0, len(new), self.chunk):
-            state = self._encode(model, new[start : start + self.chunk])
-            if state is not None:
-                for part in self.parts:
-                    fresh[part].append(represent(state, part))
-        for part, rows in fresh.items():
-            if rows:
-                known = [self._table[part]] if part in self._table else []
-                self._table[part] = torch.cat([*known, *rows])
-        index = torch.tensor([self._row[text] for text in texts], device=model.logit_scale.device, dtype=torch.int64)
+    def __call__(self, texts: Sequence[Ids], *, base: Sequence[Ids] | None = None) -> dict[Representation, Tensor]:
+        """Each part as [len(texts), D] on the model's device; encodes what has not been seen.
+
+        base: for each text one that it begins like, if there is one. It changes how much is computed, not what.
+        """
+        if base is not None and isinstance(self.model, PrefixModel) and not {"tokens", "cls"} & set(self.parts):
+            self._encode_variants(self.model, self._unseen(dict(zip(texts, base, strict=True))))
+        self._encode(sorted(self._unseen(dict.fromkeys(texts, ())), key=len))
+        index = torch.tensor([self._row[text] for text in texts], device=self.device, dtype=torch.int64)
         return {part: self._table[part][index] for part in self.parts}
 
-    def _encode(self, model: VisionLanguageModel, texts: Sequence[str]) -> TextState | None:
-        """Numbers the rows of `texts` and encodes those whose ids are new."""
-        tokens = model.tokenize(
-            [self.prepare(text) for text in texts], max_length=self.max_length, pad="tokens" in self.parts
-        )
-        keep = []
-        for n, (text, ids, length) in enumerate(zip(texts, tokens.ids, tokens.mask.sum(1).tolist(), strict=True)):
-            key = ids[:length].numpy().tobytes()
-            if key not in self._row_of_ids:
-                self._row_of_ids[key] = len(self._row_of_ids)
-                keep.append(n)
-            self._row[text] = self._row_of_ids[key]
-        if not keep:
-            return None
-        return model.encode_text(TextTokens(tokens.ids[keep], tokens.mask[keep]).to(model.logit_scale.device))
+    def _unseen(self, texts: Mapping[Ids, Ids]) -> dict[Ids, Ids]:
+        return {text: base for text, base in texts.items() if text not in self._row}
+
+    def _encode(self, texts: Sequence[Ids]) -> None:
+        """Whole rows, those of one length together."""
+        model, tokenizer = self.model, self.model.tokenizer
+        full = model.context_length if tokenizer.pad_to_context else self.length if "tokens" in self.parts else None
+        rows: list[Parts] = []
+        for length, group in groupby(texts, key=lambda text: full or len(text)):
+            same = list(group)
+
+            def work(start: int, stop: int, same: list[Ids] = same) -> Parts:
+                tokens = token_batch(same[start:stop], pad_id=tokenizer.pad_id, length=full)
+                return self._kept(model.encode_text(tokens.to(self.device)))
+
+            rows += self._forward.run(len(same), work, cost=rows_of(length))
+        self._add(texts, rows)
+
+    def _encode_variants(self, model: PrefixModel, texts: Mapping[Ids, Ids]) -> None:
+        """Variants of captions, from where they differ; nothing where the tower is not causal."""
+        variants: dict[Ids, list[Ids]] = {base: [] for base in texts.values()}
+        for text, base in texts.items():
+            if text not in variants:
+                variants[base].append(text)
+        bases = sorted(variants, key=len)
+
+        def work(start: int, stop: int) -> tuple[list[Ids], list[Parts]] | None:
+            own = bases[start:stop]
+            tokens = token_batch(own, pad_id=model.tokenizer.pad_id).to(self.device)
+            prefixes = model.text_prefixes(tokens)
+            if prefixes is None:
+                return None
+            # A caption's own row may be known, and stays as it is.
+            whole = self._kept(prefixes.state)
+            known = torch.tensor([base not in self._row for base in own], device=self.device)
+            order, rows = self._continued(model, prefixes, [variants[base] for base in own], own)
+            fresh = [base for base in own if base not in self._row]
+            return [*fresh, *order], [{part: of[known] for part, of in whole.items()}, *rows]
+
+        for found in self._prefixes.run(
+            len(bases), work, cost=lambda start, stop: (stop - start) * len(bases[stop - 1])
+        ):
+            if found is not None:
+                self._add(*found)
+
+    def _continued(
+        self, model: PrefixModel, prefixes: TextPrefixes, variants: Sequence[Sequence[Ids]], bases: Sequence[Ids]
+    ) -> tuple[list[Ids], list[Parts]]:
+        """The variants of each base in the order in which they were encoded, and their rows."""
+        todo = []
+        for owner, (base, of) in enumerate(zip(bases, variants, strict=True)):
+            for text in of:
+                start = min(shared(text, base), len(text) - 1)
+                todo.append((len(text) - start, start, owner, text))
+        todo.sort(key=itemgetter(0, 1))
+        rows: list[Parts] = []
+        for length, group in groupby(todo, key=itemgetter(0)):
+            same = list(group)
+
+            def work(first: int, stop: int, same: list[tuple[int, int, int, Ids]] = same) -> Parts:
+                chunk = same[first:stop]
+                owner = torch.tensor([owner for _, _, owner, _ in chunk], device=self.device)
+                start = torch.tensor([start for _, start, _, _ in chunk], device=self.device)
+                ids = torch.tensor([text[start:] for _, start, _, text in chunk], device=self.device)
+                return self._kept(model.continue_text(prefixes, owner, start, ids))
+
+            rows += self._forward.run(len(same), work, cost=rows_of(length))
+        return [text for _, _, _, text in todo], rows
+
+    def _kept(self, state: TextState) -> Parts:
+        return {part: represent(state, part) for part in self.parts}
+
+    def _add(self, texts: Sequence[Ids], rows: Sequence[Parts]) -> None:
+        """Rows of texts that have none yet, in their order."""
+        for text in texts:
+            self._row[text] = len(self._row)
+        if texts:
+            for part in self.parts:
+                known = [self._table[part]] if part in self._table else []
+                self._table[part] = torch.cat([*known, *(of[part] for of in rows)])
+
+
+def rows_of(length: int) -> Callable[[int, int], int]:
+    """Positions of rows start:stop that are all of one length."""
+    return lambda start, stop: (stop - start) * length
+
+
+def shared(a: Ids, b: Ids) -> int:
+    """How many ids two texts have in common from the start on.
+
+    >>> shared((1, 5, 7, 2), (1, 5, 8, 2)), shared((1, 2), (1, 2))
+    (2, 2)
+    """
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import BertForMaskedLM, BertTokenizerFast
 
 from fastmat.errors import UserError
+from fastmat.models.protocol import encodable
 
 # Heads that BERT's own pre-training checkpoints carry beside the masked language model.
 OTHER_HEADS = ("bert.pooler.", "cls.seq_relationship.")
@@ -27,6 +28,8 @@ CLEAN_UP = (
     (" ' ", "'"),
     *((f" {ending}", ending) for ending in ("n't", "'m", "'s", "'ve", "'re")),
 )
+
+DROPPED = ("[PAD]", "[CLS]", "[SEP]")  # what decoding leaves out
 
 
 class MaskedLanguageModel:
@@ -47,7 +50,7 @@ class MaskedLanguageModel:
         self.pad_id: int = tokenizer.pad_token_id
         backend = tokenizer.backend_tokenizer
         self._word_pieces = lru_cache(maxsize=1 << 16)(
-            lambda word: tuple(backend.encode(word, add_special_tokens=False).ids)
+            lambda word: tuple(backend.encode(encodable(word), add_special_tokens=False).ids)
         )
 
     @classmethod
@@ -112,12 +115,16 @@ class MaskedLanguageModel:
         """
         ids = self.sequence(self.pieces(text), append_sep=append_sep, max_length=max_length)
         padding = [self.pad_id] * (len(ids) < max_length)  # clean-up looks at the neighbour; one stands for all
-        decoded = self.join([*ids, *padding])
-        for found, replacement in CLEAN_UP:
-            decoded = decoded.replace(found, replacement)
-        for special in ("[PAD]", "[CLS]", "[SEP]"):
+        decoded = self.cleaned_up(self.join([*ids, *padding]))
+        for special in DROPPED:
             decoded = decoded.replace(special, "")
         return decoded.strip()
+
+    def cleaned_up(self, decoded: str) -> str:
+        """What decoding does to blanks before punctuation and contractions."""
+        for found, replacement in CLEAN_UP:
+            decoded = decoded.replace(found, replacement)
+        return decoded
 
     @torch.no_grad()
     def top_k(

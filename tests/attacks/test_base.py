@@ -4,7 +4,7 @@ from functools import partial
 import pytest
 import torch
 from batches import random_batch
-from tiny_mlm import tiny_mlm
+from tiny_mlm import tiny_candidates
 
 from fastmat.attacks.base import Attack, context_of, within_budget, words_changed
 from fastmat.attacks.draws import SeededDraws
@@ -160,11 +160,11 @@ def test_unusable_batches_are_refused() -> None:
 ATTACKS = {
     "pgd": PGD,
     "mi_fgsm": MIFGSM,
-    "sga": partial(SGA, mlm=tiny_mlm()),
-    "sep": partial(SepAttack, mlm=tiny_mlm()),
+    "sga": partial(SGA, candidates=tiny_candidates()),
+    "sep": partial(SepAttack, candidates=tiny_candidates()),
     "tecoa_itr": TeCoAITR,
     "fare": partial(FARE, teacher=tiny_clip()),
-    "mat": partial(MAT, text_search=WordSubstitution(mlm=tiny_mlm())),
+    "mat": partial(MAT, text_search=WordSubstitution(candidates=tiny_candidates())),
 }
 
 
@@ -187,13 +187,13 @@ def test_default_constants() -> None:
         (10, 0.1 / 4, True),
         (10, 0.2, True),
     ]
-    sga = SGA(threat=ThreatModel(), mlm=tiny_mlm())  # SGA, ICCV 2023, released code
+    sga = SGA(threat=ThreatModel(), candidates=tiny_candidates())  # SGA, ICCV 2023, released code
     assert (sga.steps, sga.step_size, sga.noise_std) == (10, pytest.approx(0.5 / 255), 0.05)
     assert sga.scales == (0.5, 0.75, 1.25, 1.5)
-    sep = SepAttack(threat=ThreatModel(), mlm=tiny_mlm())  # Co-Attack, ACM MM 2022, released code
+    sep = SepAttack(threat=ThreatModel(), candidates=tiny_candidates())  # Co-Attack, ACM MM 2022, released code
     assert (sep.image.steps, sep.image.step_size) == (10, pytest.approx(0.25 / 255))
     for words, representation in ((sga.words, "features"), (sep.words, "embeds")):
-        assert (words.top_k, words.threshold, words.max_words) == (10, 0.3, 1)
+        assert (words.beam, words.max_words) == (1, 1)
         assert words.importance == words.judged == representation
 
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny_mlm import tiny_captions, tiny_mlm
+from tiny_mlm import tiny_candidates, tiny_captions
 
 from fastmat.attacks.base import words_changed
 from fastmat.attacks.bert_attack import BertAttack
@@ -21,7 +21,7 @@ def make_batch(images: int = 4) -> Batch:
 
 
 def attack(max_words: int = 1, **settings) -> BertAttack:
-    return BertAttack(threat=ThreatModel(max_words=max_words), mlm=tiny_mlm(), threshold=1.5, **settings)
+    return BertAttack(threat=ThreatModel(max_words=max_words), candidates=tiny_candidates(threshold=1.5), **settings)
 
 
 @pytest.mark.parametrize("choice", ["cosine", "kl"])
@@ -65,6 +65,6 @@ def test_no_trace_in_the_model() -> None:
 
 def test_defaults_are_the_published_constants() -> None:
     for choice, representation in (("cosine", "features"), ("kl", "embeds")):
-        words = BertAttack(threat=ThreatModel(max_words=2), mlm=tiny_mlm(), choice=choice).words
-        assert (words.max_words, words.top_k, words.threshold, words.choice) == (2, 10, 0.3, choice)
+        words = BertAttack(threat=ThreatModel(max_words=2), candidates=tiny_candidates(), choice=choice).words
+        assert (words.max_words, words.beam, words.choice) == (2, 1, choice)
         assert words.importance == words.judged == representation

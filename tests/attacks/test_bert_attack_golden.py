@@ -12,6 +12,7 @@ from fastmat.attacks.word_substitution import WordSubstitution
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.quirks import Quirks
 from fastmat.text import candidates
+from fastmat.text.masked import MaskedCandidates
 from fastmat.text.words import STOP_WORDS, split
 
 ROW_OFFSET = {"official": 0, "fixed": 1}
@@ -46,7 +47,7 @@ def test_texts_and_importance(recording: str, name: str) -> None:
     model = victim(run["encoder"], quirks.append_sep)
     representation = "features" if sga else "embeds" if clip else "cls" if run["cls"] else "tokens"
     search = WordSubstitution(
-        mlm=golden_mlm(),
+        candidates=MaskedCandidates(mlm=golden_mlm()),
         max_words=run["num_perturbation"],
         choice="cosine" if sga else "kl",
         importance=representation,

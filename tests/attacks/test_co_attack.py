@@ -6,7 +6,7 @@ import pytest
 import torch
 from batches import random_batch
 from oracles.word_substitution import Oracle
-from tiny_mlm import tiny_captions, tiny_mlm, tiny_parts
+from tiny_mlm import tiny_candidates, tiny_captions, tiny_parts
 from torch import Tensor
 
 from fastmat.attacks.base import context_of
@@ -80,7 +80,7 @@ def plain_co_attack(model: DualEncoder, batch: Batch, quirks: Quirks, *, seed: i
 @pytest.mark.parametrize("quirks", [Quirks(), OFFICIAL], ids=["correct", "official"])
 def test_equals_the_plain_one(quirks: Quirks) -> None:
     model, batch = sharp_clip(), words_batch()
-    result = CoAttack(threat=THREAT, mlm=tiny_mlm(), steps=4, quirks=quirks, seed=5)(model, batch)
+    result = CoAttack(threat=THREAT, candidates=tiny_candidates(), steps=4, quirks=quirks, seed=5)(model, batch)
     images, texts = plain_co_attack(model, batch, quirks, seed=5)
     assert list(result.texts) == texts != list(batch.texts)
     assert ((result.images - images).abs() > 1e-5).float().mean() <= 0.01
@@ -92,7 +92,7 @@ def test_every_quirk_of_the_image_step_moves_the_image() -> None:
     model, batch = tiny_clip(seed=2).eval(), words_batch()
 
     def images(quirks: Quirks) -> Tensor:
-        return CoAttack(threat=THREAT, mlm=tiny_mlm(), steps=2, quirks=quirks)(model, batch).images
+        return CoAttack(threat=THREAT, candidates=tiny_candidates(), steps=2, quirks=quirks)(model, batch).images
 
     correct = images(Quirks())
     for change in ({"mid_max_length": 4}, {"one_sided_start": True}, {"clamp_start": False}):
@@ -104,8 +104,8 @@ def test_every_quirk_of_the_image_step_moves_the_image() -> None:
 
 def test_without_the_cross_term_it_is_sep_attack() -> None:
     model, batch = sharp_clip(), words_batch()
-    co = CoAttack(threat=THREAT, mlm=tiny_mlm(), alpha_cross=0.0, seed=1)(model, batch)
-    sep = SepAttack(threat=THREAT, mlm=tiny_mlm(), seed=1)(model, batch)
+    co = CoAttack(threat=THREAT, candidates=tiny_candidates(), alpha_cross=0.0, seed=1)(model, batch)
+    sep = SepAttack(threat=THREAT, candidates=tiny_candidates(), seed=1)(model, batch)
     assert co.texts == sep.texts and torch.equal(co.images, sep.images)
 
 
@@ -113,7 +113,7 @@ def test_without_the_cross_term_it_is_sep_attack() -> None:
 def test_ends_higher_than_it_began_and_within_both_budgets(norm) -> None:
     model, batch = tiny_clip(seed=2).eval(), words_batch()
     threat = ThreatModel(eps=8 / 255 if norm == "linf" else 1.0, norm=norm, max_words=2)
-    attack = CoAttack(threat=threat, mlm=tiny_mlm())
+    attack = CoAttack(threat=threat, candidates=tiny_candidates())
     result = attack(model, batch)
     value = attack.bind(model, batch, context_of(model, batch), result.texts)
     with torch.no_grad():
@@ -125,15 +125,15 @@ def test_ends_higher_than_it_began_and_within_both_budgets(norm) -> None:
 
 def test_a_budget_of_nothing_leaves_that_modality_alone() -> None:
     model, batch = tiny_clip(seed=2).eval(), words_batch()
-    still = CoAttack(threat=ThreatModel(eps=0.0, max_words=1), mlm=tiny_mlm(), steps=2)(model, batch)
+    still = CoAttack(threat=ThreatModel(eps=0.0, max_words=1), candidates=tiny_candidates(), steps=2)(model, batch)
     assert torch.equal(still.images, batch.images) and still.texts != batch.texts
-    silent = CoAttack(threat=ThreatModel(eps=4 / 255, max_words=0), mlm=tiny_mlm(), steps=2)(model, batch)
+    silent = CoAttack(threat=ThreatModel(eps=4 / 255, max_words=0), candidates=tiny_candidates(), steps=2)(model, batch)
     assert silent.texts == batch.texts and (silent.distance > 0).all()
 
 
 def test_the_split_of_a_batch_does_not_matter() -> None:
     model, batch = sharp_clip(), words_batch()
-    attack = CoAttack(threat=THREAT, mlm=tiny_mlm(), steps=4)
+    attack = CoAttack(threat=THREAT, candidates=tiny_candidates(), steps=4)
     whole = attack(model, batch)
     parts = [attack(model, batch.rows(start, stop)) for start, stop in ((0, 1), (1, 3))]
     assert parts[0].texts + parts[1].texts == whole.texts
@@ -145,8 +145,8 @@ def test_the_split_of_a_batch_does_not_matter() -> None:
 def test_an_image_without_captions_is_attacked_away_from_itself_alone(last_caption_only: bool) -> None:
     model, batch = sharp_clip(), random_batch((2, 0, 1))
     quirks = Quirks(last_caption_only=last_caption_only)
-    co = CoAttack(threat=THREAT, mlm=tiny_mlm(), quirks=quirks)(model, batch)
-    sep = SepAttack(threat=THREAT, mlm=tiny_mlm(), quirks=quirks)(model, batch)
+    co = CoAttack(threat=THREAT, candidates=tiny_candidates(), quirks=quirks)(model, batch)
+    sep = SepAttack(threat=THREAT, candidates=tiny_candidates(), quirks=quirks)(model, batch)
     assert torch.equal(co.images[1], sep.images[1]) and not torch.equal(co.images[0], sep.images[0])
 
 
@@ -175,9 +175,10 @@ def test_mean_kl_of_distributions_with_zeros() -> None:
 
 
 def test_the_text_attack_gets_its_settings() -> None:
-    words = CoAttack(threat=ThreatModel(max_words=3), mlm=tiny_mlm(), top_k=7, threshold=1.5, quirks=OFFICIAL).words
+    source = tiny_candidates()
+    words = CoAttack(threat=ThreatModel(max_words=3), candidates=source, beam=2, quirks=OFFICIAL).words
     assert (words.choice, words.importance, words.judged) == ("kl", "embeds", "embeds")
-    assert (words.max_words, words.top_k, words.threshold, words.quirks) == (3, 7, 1.5, OFFICIAL)
+    assert (words.max_words, words.candidates, words.beam, words.quirks) == (3, source, 2, OFFICIAL)
 
 
 @pytest.mark.parametrize(
@@ -188,9 +189,9 @@ def test_the_text_attack_gets_its_settings() -> None:
         ({"alpha_cross": -1.0}, "alpha_cross"),
         ({"alpha_cross": math.nan}, "alpha_cross"),
         ({"alpha_cross": math.inf}, "alpha_cross"),
-        ({"top_k": 0}, "top_k"),
+        ({"beam": 0}, "beam"),
     ],
 )
 def test_bad_settings(setting: dict, name: str) -> None:
     with pytest.raises(UserError, match=name):
-        CoAttack(threat=THREAT, mlm=tiny_mlm(), **setting)
+        CoAttack(threat=THREAT, candidates=tiny_candidates(), **setting)

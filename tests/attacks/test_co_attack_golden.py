@@ -8,6 +8,7 @@ from recorded import RecordedDraws
 from torch import Tensor
 
 from fastmat.attacks.co_attack import CoAttack
+from fastmat.text.masked import MaskedCandidates
 from fastmat.types import Batch, ThreatModel
 
 THREAT = ThreatModel(eps=2 / 255, max_words=1)
@@ -18,7 +19,12 @@ def recording() -> tuple[dict, dict[str, Tensor], Batch, CoAttack]:
     images = golden("sga_inputs")[1]["images_u8"][recorded["pair_image_index"]] / 255
     n = torch.arange(len(images))
     batch = Batch(images=images, texts=tuple(expected["texts"]), txt2img=n, index=n, group=n)
-    return expected, recorded, batch, CoAttack(threat=THREAT, mlm=golden_mlm(), quirks=CoAttack.official)
+    return (
+        expected,
+        recorded,
+        batch,
+        CoAttack(threat=THREAT, candidates=MaskedCandidates(mlm=golden_mlm()), quirks=CoAttack.official),
+    )
 
 
 def test_settings_are_the_published_ones() -> None:
@@ -26,7 +32,9 @@ def test_settings_are_the_published_ones() -> None:
     config = expected["config"]
     assert (attack.steps, attack.alpha_cross) == (config["iters"], config["alpha"])
     assert attack.step_size == pytest.approx(config["step"])
-    assert (attack.words.top_k, attack.words.threshold) == (config["topk"], config["threshold"])
+    source = attack.words.candidates
+    assert isinstance(source, MaskedCandidates)
+    assert (source.top_k, source.threshold) == (config["topk"], config["threshold"])
     assert attack.quirks.text_max_length == config["text_attack_max_length"]
     assert attack.quirks.mid_max_length == config["adv_text_reencode_max_length"]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from batches import random_batch
 from oracles.word_substitution import Oracle
-from tiny_mlm import tiny_captions, tiny_mlm, tiny_parts
+from tiny_mlm import tiny_candidates, tiny_captions, tiny_parts
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
@@ -141,7 +141,7 @@ def plain_texts(model, batch: Batch, weighted: list[tuple[float, Tensor]], quirk
 @pytest.mark.parametrize("quirks", [Quirks(), OFFICIAL], ids=["correct", "official"])
 def test_dra_equals_the_plain_one(quirks: Quirks, choice) -> None:
     model, batch = tiny_clip(seed=2).eval().requires_grad_(False), words_batch()
-    attack = DRA(threat=THREAT, mlm=tiny_mlm(), steps=4, choice=choice, quirks=quirks, seed=5)
+    attack = DRA(threat=THREAT, candidates=tiny_candidates(), steps=4, choice=choice, quirks=quirks, seed=5)
     result = attack(model, batch)
     x0 = batch.images
     first = plain_texts(model, batch, [(1.0, x0), (0.0, x0), (0.0, x0)], quirks)
@@ -182,10 +182,12 @@ def test_the_text_weights_say_which_image_the_text_leaves() -> None:
 
     def result(steps: int, *weights: int):
         # Steps across the whole ball, so that the text leaves each of three images in its own way.
-        attack = DRA(threat=THREAT, mlm=tiny_mlm(), steps=steps, step_size=2 * THREAT.eps, text_weights=weights)
+        attack = DRA(
+            threat=THREAT, candidates=tiny_candidates(), steps=steps, step_size=2 * THREAT.eps, text_weights=weights
+        )
         return attack(model, batch)
 
-    words = DRA(threat=THREAT, mlm=tiny_mlm()).sga.words
+    words = DRA(threat=THREAT, candidates=tiny_candidates()).sga.words
     plan = words.plan(model, batch.texts)
     iterates = [batch.images, result(2, 1, 0, 0).images, result(1, 1, 0, 0).images]
     away = [words.search(model, plan, model.encode_image(x).features[batch.txt2img]) for x in iterates]
@@ -195,7 +197,7 @@ def test_the_text_weights_say_which_image_the_text_leaves() -> None:
 
 def test_splitting_a_batch_changes_nothing() -> None:
     model, batch = tiny_clip(seed=2).eval(), words_batch((2, 1, 3, 2))
-    attack = DRA(threat=THREAT, mlm=tiny_mlm(), steps=4)
+    attack = DRA(threat=THREAT, candidates=tiny_candidates(), steps=4)
     context = context_of(model, batch)
     whole = attack(model, batch, context)
     parts = [attack(model, batch.rows(a, b), context) for a, b in ((0, 1), (1, 4))]
@@ -206,7 +208,7 @@ def test_splitting_a_batch_changes_nothing() -> None:
 
 def test_the_published_choice_depends_on_the_batch() -> None:
     model, batch = tiny_clip(seed=2).eval(), words_batch((2, 1, 3, 2))
-    attack = DRA(threat=THREAT, mlm=tiny_mlm(), steps=4, choice="batch")
+    attack = DRA(threat=THREAT, candidates=tiny_candidates(), steps=4, choice="batch")
     whole, alone = attack(model, batch).images, attack(model, batch.rows(3, 4)).images
     assert ((whole[3:] - alone).abs() > 1e-5).float().mean() > 0.05
 
@@ -215,7 +217,7 @@ def test_the_published_choice_depends_on_the_batch() -> None:
 def test_both_budgets_hold_and_the_similarity_falls(norm) -> None:
     model, batch = tiny_clip(seed=2).eval(), words_batch()
     threat = ThreatModel(eps=8 / 255 if norm == "linf" else 1.0, norm=norm, max_words=1)
-    attack = DRA(threat=threat, mlm=tiny_mlm(), steps=10)
+    attack = DRA(threat=threat, candidates=tiny_candidates(), steps=10)
     result = attack(model, batch)
     assert result.distance.max() <= threat.eps + 1e-6 and result.distance.min() > 0.5 * threat.eps
     assert result.images.min() >= 0 and result.images.max() <= 1
@@ -231,14 +233,14 @@ def test_both_budgets_hold_and_the_similarity_falls(norm) -> None:
 
 def test_no_budget_no_change() -> None:
     model, batch = tiny_clip(seed=2).eval(), words_batch()
-    result = DRA(threat=ThreatModel(eps=0, max_words=0), mlm=tiny_mlm(), steps=2)(model, batch)
+    result = DRA(threat=ThreatModel(eps=0, max_words=0), candidates=tiny_candidates(), steps=2)(model, batch)
     assert torch.equal(result.images, batch.images) and result.texts == batch.texts
 
 
 def test_one_step_and_a_step_of_nothing_run() -> None:
     model, batch = tiny_clip(seed=2).eval(), words_batch()
-    assert DRA(threat=THREAT, mlm=tiny_mlm(), steps=1)(model, batch).distance.max() > 0
-    assert DRA(threat=THREAT, mlm=tiny_mlm(), steps=2, step_size=0.0)(model, batch).distance.max() > 0
+    assert DRA(threat=THREAT, candidates=tiny_candidates(), steps=1)(model, batch).distance.max() > 0
+    assert DRA(threat=THREAT, candidates=tiny_candidates(), steps=2, step_size=0.0)(model, batch).distance.max() > 0
 
 
 @pytest.mark.parametrize(
@@ -256,10 +258,10 @@ def test_one_step_and_a_step_of_nothing_run() -> None:
 )
 def test_bad_arguments_are_named(arguments, named: str) -> None:
     with pytest.raises(UserError, match=named):
-        DRA(threat=THREAT, mlm=tiny_mlm(), **arguments)
+        DRA(threat=THREAT, candidates=tiny_candidates(), **arguments)
 
 
 def test_the_models_are_left_as_they_were() -> None:
     model, batch = tiny_clip(seed=2).train(), words_batch((1, 1))
-    DRA(threat=THREAT, mlm=tiny_mlm(), steps=2)(model, batch)
+    DRA(threat=THREAT, candidates=tiny_candidates(), steps=2)(model, batch)
     assert model.training and all(p.grad is None and p.requires_grad for p in model.parameters())

@@ -265,13 +265,6 @@ def test_captured_steps_get_their_noise_from_outside(replayed) -> None:
     ascend(value, x0, x0, threat=THREAT, steps=4, step_size=0.01, noise=noise)
     assert [mean for _, mean in drawn] == [1, 2, 3, 4] and len({address for address, _ in drawn}) == 1
 
-    def by_number(x: Tensor, step: int) -> Tensor:
-        assert f"noise/{step}"
-        return x.flatten(1).sum(1)
-
-    with pytest.raises(UserError, match="draws by the number of a step"):
-        ascend(by_number, x0, x0, threat=THREAT, steps=4, step_size=0.01)
-
 
 def test_the_loops_do_only_what_they_must(monkeypatch) -> None:
     """No weight gradients and no waiting for the device; targets and captions are encoded before the loop."""

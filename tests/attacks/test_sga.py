@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from batches import random_batch
 from oracles.word_substitution import Oracle
-from tiny_mlm import tiny_captions, tiny_mlm, tiny_parts
+from tiny_mlm import tiny_candidates, tiny_captions, tiny_parts
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
@@ -81,7 +81,7 @@ def plain_sga(model, batch: Batch, quirks: Quirks, *, steps: int, seed: int) -> 
 @pytest.mark.parametrize("quirks", QUIRKS, ids=["correct", "official"])
 def test_sga_equals_the_plain_one(quirks: Quirks) -> None:
     model, batch = tiny_clip(seed=2).eval().requires_grad_(False), words_batch()
-    attack = SGA(threat=THREAT, mlm=tiny_mlm(), steps=4, quirks=quirks, seed=5)
+    attack = SGA(threat=THREAT, candidates=tiny_candidates(), steps=4, quirks=quirks, seed=5)
     result = attack(model, batch)
     images, first, texts = plain_sga(model, batch, quirks, steps=4, seed=5)
     assert list(result.texts) == texts
@@ -95,7 +95,7 @@ def test_sga_equals_the_plain_one(quirks: Quirks) -> None:
 def test_sep_equals_the_plain_one(quirks: Quirks) -> None:
     model, batch = tiny_clip(seed=2).eval().requires_grad_(False), words_batch()
     model.image_projection.weight.data.mul_(20)  # a KL far above rounding
-    result = SepAttack(threat=THREAT, mlm=tiny_mlm(), steps=4, quirks=quirks, seed=5)(model, batch)
+    result = SepAttack(threat=THREAT, candidates=tiny_candidates(), steps=4, quirks=quirks, seed=5)(model, batch)
     words = oracle(model, quirks, choice="kl", importance="embeds", threshold=0.3)
     assert list(result.texts) == [words.attack(t, None) for t in batch.texts]
     draw = SeededDraws(5).uniform("start", batch.index, batch.images.shape[1:])
@@ -114,7 +114,9 @@ def test_sep_equals_the_plain_one(quirks: Quirks) -> None:
 def test_without_a_word_budget_only_the_image_moves() -> None:
     model, batch = tiny_clip(seed=2).eval(), words_batch()
     for attack in (SGA, SepAttack):
-        result = attack(threat=ThreatModel(eps=4 / 255, max_words=0), mlm=tiny_mlm(), steps=2)(model, batch)
+        result = attack(threat=ThreatModel(eps=4 / 255, max_words=0), candidates=tiny_candidates(), steps=2)(
+            model, batch
+        )
         assert result.texts == batch.texts and (result.distance > 0).all()
 
 
@@ -123,7 +125,9 @@ def test_a_scale_set_makes_the_attack_hold_under_rescaling() -> None:
     model, batch = tiny_clip(seed=2).eval(), words_batch()
     through = {}
     for scales in ((), (0.5, 0.75, 1.25, 1.5)):
-        attack = SGA(threat=ThreatModel(eps=16 / 255, max_words=0), mlm=tiny_mlm(), scales=scales, steps=10)
+        attack = SGA(
+            threat=ThreatModel(eps=16 / 255, max_words=0), candidates=tiny_candidates(), scales=scales, steps=10
+        )
         images = attack(model, batch).images
         small = F.interpolate(images, scale_factor=0.5, mode="bicubic", antialias=True).clamp(0, 1)
         with torch.no_grad():

@@ -12,8 +12,9 @@ from torch import Tensor
 from fastmat.attacks.objectives import KLFromClean
 from fastmat.attacks.sep import SepAttack
 from fastmat.attacks.sga import SGA
-from fastmat.ops import cosine_to_set
+from fastmat.ops import cosine_to_set, scale_views
 from fastmat.quirks import Quirks
+from fastmat.text.masked import MaskedCandidates
 from fastmat.types import Batch, ThreatModel
 
 SCALES = (0.5, 0.75, 1.25, 1.5)
@@ -32,7 +33,7 @@ def sga_case(name: str) -> tuple[dict, dict[str, Tensor], Batch, SGA, RecordedDr
     scales = SCALES if expected["config"]["scales"] else ()
     attack = SGA(
         threat=THREAT,
-        mlm=golden_mlm(),
+        candidates=MaskedCandidates(mlm=golden_mlm()),
         scales=scales,
         quirks=Quirks.official().but(antialias=expected["config"]["antialias"]),
     )
@@ -76,7 +77,9 @@ def test_sga_views_losses_and_gradient_signs_from_recorded_iterates(name: str) -
     x = recorded["adv_start"]
     for step in range(10):
         x = x.detach().requires_grad_(True)
-        views = [x, *attack.scaled(x, batch.index, step, draws)]
+        views = [x]
+        if attack.scales:
+            views += scale_views(x, attack.scales, attack.noise(batch, step, draws), antialias=attack.quirks.antialias)
         if step == 0 and "scaled_views_step0_image0" in recorded:
             first = torch.stack([view[0] for view in views])
             torch.testing.assert_close(first, recorded["scaled_views_step0_image0"], atol=1e-5, rtol=0)
@@ -96,7 +99,9 @@ def test_sga_views_losses_and_gradient_signs_from_recorded_iterates(name: str) -
 def test_sep_attack() -> None:
     expected, recorded = golden("sepattack")
     images = golden("sga_inputs")[1]["images_u8"][recorded["pair_image_index"]] / 255
-    attack = SepAttack(threat=THREAT, mlm=golden_mlm(), quirks=Quirks.official(text_max_length=30))
+    attack = SepAttack(
+        threat=THREAT, candidates=MaskedCandidates(mlm=golden_mlm()), quirks=Quirks.official(text_max_length=30)
+    )
     batch = pairs(images, expected["texts"], list(range(len(images))))
     draws = RecordedDraws({"start": recorded["start_delta"] / THREAT.eps * 2 - 1})
     result = attack(golden_clip(), batch, draws=draws)

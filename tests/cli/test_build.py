@@ -27,6 +27,7 @@ from fastmat.errors import UserError
 from fastmat.models.tiny import tiny_clip
 from fastmat.models.weights import save_weights, weights_hash
 from fastmat.quirks import Quirks
+from fastmat.text.masked import MaskedCandidates
 from fastmat.types import ThreatModel
 
 REGISTRIES = (build.MODELS, build.ATTACKS, build.OBJECTIVES, build.DEFENCES, build.TEXT_SEARCHES, build.DATASETS)
@@ -90,22 +91,24 @@ def test_parity_is_the_preset_and_single_quirks_stand_on_top() -> None:
 
 
 def test_text_attacks_get_the_word_budget_and_the_quirks() -> None:
-    attack = attack_of({"name": "bert_attack", "parity": "official", "top_k": 4})
+    attack = attack_of({"name": "bert_attack", "parity": "official", "candidates": {"name": "masked", "top_k": 4}})
     assert isinstance(attack, BertAttack)
-    assert (attack.words.max_words, attack.words.top_k, attack.words.quirks) == (2, 4, Quirks.official())
+    assert isinstance(attack.words.candidates, MaskedCandidates)
+    assert (attack.words.max_words, attack.words.candidates.top_k) == (2, 4)
+    assert attack.words.quirks == Quirks.official()
 
 
 def test_mat_searches_words_with_the_settings_of_its_section() -> None:
     plain, set_up = (
         defence_of("mat"),
-        defence_of({"name": "mat", "text_search": {"name": "word_substitution", "top_k": 3}}),
+        defence_of({"name": "mat", "text_search": {"name": "word_substitution", "beam": 3}}),
     )
     assert isinstance(plain, MAT)
     assert isinstance(set_up, MAT)
     assert isinstance(plain.text_search, WordSubstitution)
     assert isinstance(set_up.text_search, WordSubstitution)
-    assert (plain.text_search.top_k, plain.text_search.max_words) == (10, 2)
-    assert (set_up.text_search.top_k, set_up.text_search.max_words) == (3, 2)
+    assert (plain.text_search.beam, plain.text_search.max_words) == (1, 2)
+    assert (set_up.text_search.beam, set_up.text_search.max_words) == (3, 2)
 
 
 def test_fare_keeps_a_teacher_of_its_own() -> None:

@@ -16,16 +16,17 @@ import pytest
 import torch
 from golden import golden
 from golden_models import golden_bert, golden_clip, golden_mlm
-from tiny_mlm import VOCABULARY, tiny_captions, tiny_mlm, tiny_parts
+from tiny_mlm import VOCABULARY, tiny_candidates, tiny_captions, tiny_mlm, tiny_parts
 from transformers import BertTokenizerFast
 
 from fastmat.attacks.word_substitution import WordSubstitution
 from fastmat.errors import UserError
 from fastmat.models.tiny import tiny_clip
 from fastmat.quirks import Quirks
-from fastmat.text import candidate_cache, candidates
+from fastmat.text import candidate_cache, candidates, masked
 from fastmat.text.candidate_cache import QUIRKS, CandidateCache
 from fastmat.text.candidates import CandidateSource, find_candidates
+from fastmat.text.masked import MaskedCandidates
 from fastmat.text.mlm import MaskedLanguageModel
 from fastmat.text.words import attackable, split
 
@@ -90,7 +91,7 @@ def test_an_answer_belongs_to_the_caller(full: Path) -> None:
 
 
 def attack(texts: list[str], guide: torch.Tensor, source: CandidateSource, quirks: Quirks) -> tuple[str, ...]:
-    search = WordSubstitution(mlm=tiny_mlm(), threshold=1.5, max_words=2, quirks=quirks, candidates=source)
+    search = WordSubstitution(max_words=2, quirks=quirks, candidates=source)
     model = tiny_clip(seed=3).eval().requires_grad_(False)
     return search.search(model, search.plan(model, texts), guide)
 
@@ -99,10 +100,11 @@ def attack(texts: list[str], guide: torch.Tensor, source: CandidateSource, quirk
 def test_attacked_texts_are_the_same(tmp_path: Path, quirks: Quirks) -> None:
     texts = tiny_captions(30, seed=5)
     guide = torch.nn.functional.normalize(torch.randn(30, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
-    expected = attack(texts, guide, find_candidates, quirks)
+    expected = attack(texts, guide, tiny_candidates(threshold=1.5), quirks)
     assert sum(a != b for a, b in zip(texts, expected, strict=True)) > 10
     for _ in ("cold", "warm"):
-        assert attack(texts, guide, CandidateCache(folder=tmp_path), quirks) == expected
+        source = MaskedCandidates(mlm=tiny_mlm(), threshold=1.5, candidate_cache=tmp_path)
+        assert attack(texts, guide, source, quirks) == expected
 
 
 @pytest.mark.parametrize(
@@ -124,10 +126,9 @@ def test_recorded_texts(name: str, tmp_path: Path) -> None:
     model = golden_clip() if clip else golden_bert(append_sep=quirks.append_sep)
     guide = tensors[f"guide_image_feat.{run['encoder']}"] if sga else None
     representation = "features" if sga else "embeds" if clip else "cls" if run["cls"] else "tokens"
-    caches = [CandidateCache(folder=tmp_path) for _ in ("cold", "warm")]
-    for source in (find_candidates, *caches):
+    sources = [MaskedCandidates(mlm=golden_mlm(), candidate_cache=folder) for folder in (None, tmp_path, tmp_path)]
+    for source in sources:
         search = WordSubstitution(
-            mlm=golden_mlm(),
             max_words=run["num_perturbation"],
             choice="cosine" if sga else "kl",
             importance=representation,
@@ -136,27 +137,18 @@ def test_recorded_texts(name: str, tmp_path: Path) -> None:
             candidates=source,
         )
         assert list(search.search(model, search.plan(model, recorded["texts"]), guide)) == run["adversarial"]
-    assert [cache.misses > 0 for cache in caches] == [True, False]
+    assert [source.cache and source.cache.misses > 0 for source in sources] == [None, True, False]
 
 
 def test_fill_is_what_a_search_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(candidate_cache, "CAPTIONS_PER_WRITE", 7)
+    monkeypatch.setattr(masked, "CAPTIONS_PER_WRITE", 7)
     for quirks in (Quirks(), Quirks.official(text_max_length=14), Quirks.official(text_max_length=500)):
-        texts = TEXTS[:-2]
-        cache = CandidateCache(folder=tmp_path)
-        assert cache.fill(tiny_mlm(), TEXTS + TEXTS, threshold=1.5, quirks=quirks) == len(TEXTS)
-        assert cache.fill(tiny_mlm(), TEXTS, threshold=1.5, quirks=quirks) == 0
-        warm = CandidateCache(folder=tmp_path)
-        search = WordSubstitution(mlm=tiny_mlm(), threshold=1.5, quirks=quirks, candidates=warm)
-        search.plan(tiny_clip().eval(), texts)
-        assert (warm.hits, warm.misses) == (len(texts), 0)
-
-
-def test_defaults_of_fill_are_those_of_a_search() -> None:
-    fill = inspect.signature(CandidateCache.fill).parameters
-    search = inspect.signature(WordSubstitution.__init__).parameters
-    for name in ("top_k", "threshold", "quirks"):
-        assert fill[name].default == search[name].default
+        cold, warm = (MaskedCandidates(mlm=tiny_mlm(), threshold=1.5, candidate_cache=tmp_path) for _ in range(2))
+        assert cold.fill(TEXTS + TEXTS, quirks=quirks) == len(TEXTS)
+        assert cold.fill(TEXTS, quirks=quirks) == 0
+        WordSubstitution(candidates=warm, quirks=quirks).plan(tiny_clip().eval(), TEXTS[:-2])
+        assert warm.cache is not None
+        assert (warm.cache.hits, warm.cache.misses) == (len(TEXTS[:-2]), 0)
 
 
 def test_misses_are_shown_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -200,7 +192,8 @@ def test_quirks_that_change_no_candidates_share_them(full: Path) -> None:
 
 
 def test_every_quirk_that_candidates_read_is_in_the_key() -> None:
-    assert set(re.findall(r"quirks\.(\w+)", inspect.getsource(candidates))) == set(QUIRKS)
+    read = set(re.findall(r"quirks\.(\w+)", inspect.getsource(candidates) + inspect.getsource(masked)))
+    assert read == {*QUIRKS, "text_max_length"}  # this one is there as max_length
 
 
 def test_another_tokenizer_with_the_same_vocabulary(full: Path) -> None:
@@ -422,12 +415,11 @@ def test_writers_see_each_other(tmp_path: Path) -> None:
 def write(folder: Path, name: str, seed: int, start: Barrier) -> None:
     """One caption after the other, once; "killed" goes on until it is."""
     torch.set_num_threads(1)
-    mlm = tiny_mlm()
-    cache = CandidateCache(folder=folder)
+    source = MaskedCandidates(mlm=tiny_mlm(), threshold=1.5, candidate_cache=folder)
     start.wait()
     while seed >= 0:
         for text in (*tiny_captions(60, seed=seed), *tiny_captions(60, seed=99)):
-            cache.fill(mlm, [text], threshold=1.5)
+            source.fill([text], quirks=Quirks())
         seed = seed + 1 if name == "killed" else -1
 
 

@@ -13,6 +13,7 @@ from fastmat.data.digits import digits_set
 from fastmat.data.loader import TrainingBatches
 from fastmat.defences.mat import MAT
 from fastmat.models.tiny import tiny_clip
+from fastmat.text.masked import MaskedCandidates
 from fastmat.text.mlm import MaskedLanguageModel
 from fastmat.training.loop import train
 from fastmat.training.mlm import train_mlm
@@ -39,7 +40,11 @@ def test_perturb_with_real_words_leaves_no_trace_and_keeps_the_budget(digits, ml
     batch = batches_of(digits, model).batch(0)
     before = copy.deepcopy(model.state_dict())
     stream = torch.get_rng_state()
-    defence = MAT(threat=THREAT, text_search=WordSubstitution(mlm=mlm), pairs={"adv-adv": 1, "clean-clean": 1})
+    defence = MAT(
+        threat=THREAT,
+        text_search=WordSubstitution(candidates=MaskedCandidates(mlm=mlm)),
+        pairs={"adv-adv": 1, "clean-clean": 1},
+    )
     views = defence.perturb(model, batch, SeededDraws(0))
     assert torch.equal(torch.get_rng_state(), stream)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -55,7 +60,7 @@ def test_mat_resumes_bit_for_bit(digits, mlm, tmp_path):
         batches = batches_of(digits, model)
         if stop_after is not None:
             batches = StopsAfter(batches, stop_after)
-        defence = MAT(threat=THREAT, text_search=WordSubstitution(mlm=mlm))
+        defence = MAT(threat=THREAT, text_search=WordSubstitution(candidates=MaskedCandidates(mlm=mlm)))
         told = settings(steps=4, save_every=2)
         return train(model, defence, batches, settings=told, out=out, resume=resume, config={})
 

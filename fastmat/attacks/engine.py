@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fastmat.errors import UserError
-from fastmat.models.protocol import ImageState, TextPrefixes, TextState, VisionLanguageModel
+from fastmat.models.protocol import ImageState, TextPrefixes, VisionLanguageModel
 
 Precision = Literal["fp32", "bf16"]
 
@@ -92,8 +92,8 @@ def _executed(model: VisionLanguageModel, encode: Callable[..., Any], device: st
     return call
 
 
-def in_fp32(state: ImageState | TextState | TextPrefixes | None) -> ImageState | TextState | TextPrefixes | None:
-    """States in fp32; keys and values of a prefix stay what the encoder made them."""
+def in_fp32(state: Any) -> Any:
+    """An image or text state in fp32; keys and values of a prefix stay what the encoder made them."""
     if state is None:
         return None
     if isinstance(state, TextPrefixes):

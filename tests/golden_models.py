@@ -57,11 +57,13 @@ def golden_bert(*, append_sep: bool = False) -> "BertTextEncoder":
 class BertTextEncoder(nn.Module):
     """A text tower alone: tokens are BERT's last hidden state, embeds the projection of its first position."""
 
-    def __init__(self, bert: BertModel, projection: nn.Linear, *, append_sep: bool) -> None:
+    def __init__(
+        self, bert: BertModel, projection: nn.Linear, *, append_sep: bool, tokenizer: BertTokenizerFast | None = None
+    ) -> None:
         super().__init__()
         self.bert = bert
         self.text_projection = projection
-        self.tokenizer = WordPieceTokenizer(bert_tokenizer(), append_sep=append_sep)
+        self.tokenizer = WordPieceTokenizer(tokenizer or bert_tokenizer(), append_sep=append_sep)
         self.context_length = 96
 
     @property

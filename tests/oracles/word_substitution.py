@@ -16,7 +16,9 @@ CONTRACTIONS = [" .", " ?", " !", " ,"], [" n't", " 'm", " 's", " 've", " 're"]
 
 @dataclass
 class Oracle:
-    """`gap` after a call: the smallest non-zero distance between any two scores that decided something."""
+    """`gap` after a call: the smallest non-zero distance between any two scores that decided something. `margin`: of
+    the substitutes that were chosen, the smallest lead over the best other one. `lead`: of the words that were tried,
+    the smallest lead in importance over the next one."""
 
     bert: BertForMaskedLM
     tokenizer: BertTokenizerFast
@@ -30,10 +32,12 @@ class Oracle:
     top_k: int
     threshold: float
     gap: float = 0.0
+    margin: float = 0.0
+    lead: float = 0.0
 
     @torch.no_grad()
     def attack(self, text: str, guide: Tensor | None) -> str:
-        self.gap = float("inf")
+        self.gap = self.margin = self.lead = float("inf")
         words = text.split(" ")
         ids = self.ids(text)
         logits = self.bert(torch.tensor([ids])).logits[0]
@@ -53,9 +57,11 @@ class Oracle:
             position += count
         open_words = [i for i in order if not self.stops(words[i]) and spans[i][0] <= self.length - 2]
         self.note([importance[i] for i in open_words])
-        for i in open_words:
+        for rank, i in enumerate(open_words):
             if changes == self.max_words:
                 break
+            if rank + 1 < len(open_words):
+                self.lead = min(self.lead, importance[i] - importance[open_words[rank + 1]])
             first, last = (bound + self.quirks.candidate_row_offset for bound in spans[i])
             candidates = self.candidates(best.indices[first:last].tolist(), best.values[first:last].tolist())
             candidates = [c for c in candidates if not self.filtered(words[i], c)]
@@ -68,6 +74,8 @@ class Oracle:
                 else:
                     scores.append(self.kl(clean[self.compare], encoded[self.compare]))
             winner = scores.index(max(scores))
+            others = [score for score in scores if score != scores[winner]]
+            self.margin = min([self.margin, *(scores[winner] - score for score in others)])
             self.note(scores)
             final[i] = options[winner]
             changes += winner > 0
@@ -88,14 +96,12 @@ class Oracle:
         if self.quirks.round_trip:
             text, length = self.round_trip(text), None
         state = self.model.encode_text(self.model.tokenize([text], max_length=length))
-        padded: TextTokens = self.model.tokenize([text], max_length=length, pad=True)
-        tokens = self.model.encode_text(padded).tokens[0]
-        return {
-            "features": state.features[0],
-            "embeds": state.embeds[0],
-            "tokens": tokens.flatten(),
-            "cls": tokens[0],
-        }
+        encoded = {"features": state.features[0], "embeds": state.embeds[0]}
+        if {"tokens", "cls"} & {self.importance, self.compare}:
+            padded: TextTokens = self.model.tokenize([text], max_length=length, pad=True)
+            tokens = self.model.encode_text(padded).tokens[0]
+            encoded |= {"tokens": tokens.flatten(), "cls": tokens[0]}
+        return encoded
 
     def round_trip(self, text: str) -> str:
         ids = self.ids(text)

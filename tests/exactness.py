@@ -2,11 +2,15 @@
 
     python tests/exactness.py oracle  --victim clip --mode correct --model FOLDER --mlm FOLDER --data FILE --out DIR
     python tests/exactness.py compare --victim clip --mode correct --model FOLDER --mlm FOLDER --data FILE --out DIR
+    python tests/exactness.py approximate --victim clip --mode correct ... --out DIR
 
 The oracle is slow (25 encodings of one text each per caption): it writes as it goes, and goes on where it was stopped.
 `compare` runs the library on the same captions, writes DIR/exactness-VICTIM-MODE.json, and fails when a text differs
-although the oracle's decisions were clear. Victims: "clip", an open_clip model, guided by the clean image of each
-caption; "bert", a random text tower that reads BERT's pieces, guided by random directions.
+although the oracle's decisions were clear. `approximate` measures how many texts stay the same under the opt-in
+approximations: bf16 encoders, and first-order screening of candidates.
+
+Victims: "clip", an open_clip model, guided by the clean image of each caption; "bert", a random text tower that reads
+BERT's pieces, guided by random directions.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ sys.path.insert(0, str(HERE))
 from golden_models import BertTextEncoder  # noqa: E402
 from oracles.word_substitution import Oracle  # noqa: E402
 
+from fastmat.attacks.engine import Engine, executing  # noqa: E402
 from fastmat.attacks.word_substitution import WordSubstitution  # noqa: E402
 from fastmat.build import Component, build_data, build_mlm, build_model  # noqa: E402
 from fastmat.data.loader import evaluation_batches  # noqa: E402
@@ -66,8 +71,8 @@ def random_bert(tokenizer: BertTokenizerFast, count: int) -> tuple[nn.Module, Te
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = BertConfig(
-            vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
-            initializer_range=0.1,
+            vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=128, initializer_range=0.1,
         )  # fmt: skip
         bert, projection = BertModel(config, add_pooling_layer=False), nn.Linear(64, 32)
         guide = nn.functional.normalize(torch.randn(count, 32), dim=-1)
@@ -128,6 +133,34 @@ def run_comparison(arguments: argparse.Namespace) -> None:
         sys.exit(1)
 
 
+def run_approximations(arguments: argparse.Namespace) -> None:
+    told = settings(arguments)
+    model, texts, guide = told["model"], told["texts"], told["guide"]
+    source = MaskedCandidates(mlm=build_mlm(str(arguments.mlm)), candidate_cache=arguments.out / "candidates")
+
+    def attacked(engine: Engine, screen: int | None) -> list[str]:
+        search = WordSubstitution(candidates=source, quirks=told["quirks"], screen=screen)
+        found: list[str] = []
+        with executing(engine, model):
+            for first in range(0, len(texts), BATCH):
+                plan = search.plan(model, texts[first : first + BATCH])
+                found += search.search(model, plan, guide[first : first + BATCH])
+        return found
+
+    exact = attacked(Engine(), None)
+    agreement = {}
+    for name, engine, screen in (
+        ("bf16", Engine(precision="bf16"), None),
+        *((f"screen {n}", Engine(), n) for n in (1, 2, 3, 5)),
+    ):
+        found = attacked(engine, screen)
+        agreement[name] = sum(a == b for a, b in zip(exact, found, strict=True)) / len(texts)
+    result = {"victim": arguments.victim, "mode": arguments.mode, "captions": len(texts), "same_text": agreement}
+    file = arguments.out / f"approximations-{arguments.victim}-{arguments.mode}.json"
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
 def row(n: int, expected: list, found: str) -> dict:
     text, adversarial, margin, lead = expected
     return {"caption": n, "text": text, "oracle": adversarial, "fast": found, "margin": margin, "lead": lead}
@@ -137,9 +170,12 @@ def oracle_file(arguments: argparse.Namespace) -> Path:
     return arguments.out / f"oracle-{arguments.victim}-{arguments.mode}.jsonl"
 
 
+RUNS = {"oracle": run_oracle, "compare": run_comparison, "approximate": run_approximations}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("oracle", "compare"))
+    parser.add_argument("what", choices=tuple(RUNS))
     parser.add_argument("--victim", choices=("clip", "bert"), required=True)
     parser.add_argument("--mode", choices=("correct", "official"), required=True)
     parser.add_argument("--model", type=Path, required=True, help="an open_clip folder")
@@ -148,7 +184,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="the first N images only")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    (run_oracle if arguments.what == "oracle" else run_comparison)(arguments)
+    RUNS[arguments.what](arguments)
 
 
 if __name__ == "__main__":

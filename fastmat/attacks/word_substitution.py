@@ -20,7 +20,8 @@ from fastmat.errors import UserError
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.quirks import Quirks
 from fastmat.text.candidates import CandidateSource, Found
-from fastmat.text.encoded import EncodedTexts, Representation
+from fastmat.text.encoded import EncodedTexts, Representation, represent
+from fastmat.text.screening import estimates
 from fastmat.text.spelling import UNKNOWN, Ids, RoundTrip, Speller
 
 Choice = Literal["kl", "cosine"]
@@ -46,11 +47,12 @@ class TextPlan:
 
 
 class Draft(NamedTuple):
-    """A caption under attack. changed: words spent."""
+    """A caption under attack. changed: words spent; origin: the ids that it was made of at this word."""
 
     words: tuple[str, ...]
     ids: Ids
     changed: int
+    origin: Ids | None = None
 
 
 class WordSubstitution:
@@ -63,6 +65,9 @@ class WordSubstitution:
     beam: texts per caption that are followed from word to word; 1, as published, follows the best one. The best text of
         the last beam is returned: with more than one word to spend, a wider beam can find pairs of words that are
         harmful together, at up to `beam` times the cost.
+    screen: None encodes every candidate. A number encodes only as many of a word's, those that a first-order estimate
+        puts first: an approximation, at the price of a forward and a backward per caption and word tried, so it pays
+        with several dozen candidates.
     quirks: published departures; `text_max_length` also limits what the victim reads.
     """
 
@@ -75,6 +80,7 @@ class WordSubstitution:
         importance: Representation = "features",
         compare: Representation = "features",
         beam: int = 1,
+        screen: int | None = None,
         quirks: Quirks | None = None,
     ) -> None:
         if choice not in get_args(Choice):
@@ -84,6 +90,10 @@ class WordSubstitution:
                 raise UserError(f"{name} must be one of {', '.join(get_args(Representation))}, got {value!r}")
         if beam < 1:
             raise UserError(f"beam must be at least 1, got {beam}")
+        if screen is not None and screen < 1:
+            raise UserError(f"screen must be at least 1, got {screen}")
+        if screen is not None and choice == "kl":
+            raise UserError("screen needs choice 'cosine': the KL from the clean caption has no slope at that caption")
         if max_words < 0:
             raise UserError(f"max_words must not be negative, got {max_words}")
         self.quirks = quirks or Quirks()
@@ -95,6 +105,7 @@ class WordSubstitution:
         self.importance: Representation = importance
         self.judged: Representation = "features" if choice == "cosine" else compare
         self.beam = beam
+        self.screen = screen
 
     @torch.no_grad()
     def plan(self, model: VisionLanguageModel, texts: Sequence[str]) -> TextPlan:
@@ -141,6 +152,8 @@ class WordSubstitution:
             if not active:
                 break
             options = [self._options(plan, t, plan.order[t][tried], beams[t]) for t in active]
+            if self.screen is not None:
+                options = self._screened(model, active, options, reference)
             for t, of, scores in zip(active, options, self._scores(plan, active, options, reference), strict=True):
                 # Sorting is stable: of equals the first, which is the current text, stands first.
                 best = sorted(range(len(of)), key=scores.__getitem__, reverse=True)[: self.beam]
@@ -172,14 +185,38 @@ class WordSubstitution:
         """Each draft of caption t as it is, followed by what may become of it."""
         found = []
         for draft in drafts:
-            found.append(draft)
+            found.append(draft._replace(origin=None))
             if draft.changed < self.max_words:
                 substitutes = plan.candidates[t][word]
                 rows = plan.speller.variants(draft.words, word, substitutes)
                 for substitute, ids in zip(substitutes, rows, strict=True):
                     words = (*draft.words[:word], substitute, *draft.words[word + 1 :])
-                    found.append(Draft(words, ids, draft.changed + 1))
+                    found.append(Draft(words, ids, draft.changed + 1, draft.ids))
         return found
+
+    def _screened(
+        self, model: VisionLanguageModel, active: Sequence[int], options: Sequence[Sequence[Draft]], reference: Tensor
+    ) -> list[list[Draft]]:
+        """The options without those that a first-order estimate leaves out."""
+        kept = [list(of) for of in options]
+        bases = [(n, base) for n, of in enumerate(options) for base in of if base.origin is None]
+        grown = [[draft for draft in options[n] if draft.origin is base.ids] for n, base in bases]
+        own = reference[torch.tensor([active[n] for n, _ in bases], device=reference.device)]
+        rises = estimates(
+            model,
+            [base.ids for _, base in bases],
+            [[draft.ids for draft in of] for of in grown],
+            lambda state: self._score(represent(state, self.judged), own),
+        )
+        for (n, _), of, rise in zip(bases, grown, rises, strict=True):
+            worst = sorted(range(len(of)), key=rise.__getitem__, reverse=True)[self.screen :]
+            left_out = {id(of[place]) for place in worst}
+            kept[n] = [draft for draft in kept[n] if id(draft) not in left_out]
+        return kept
+
+    def _score(self, rows: Tensor, own: Tensor) -> Tensor:
+        """What is maximised, of texts [N, D] against what is theirs [N, D]."""
+        return -(rows * own).sum(-1) if self.choice == "cosine" else kl_divergence(own, rows)
 
     def _scores(
         self, plan: TextPlan, active: Sequence[int], options: Sequence[Sequence[Draft]], reference: Tensor
@@ -189,7 +226,7 @@ class WordSubstitution:
         texts = [draft.ids for of in options for draft in of]
         rows = plan.encoded(texts, base=[plan.ids[t] for t in owners])[self.judged]
         own = reference[torch.tensor(owners, device=rows.device)]
-        scores = (-(rows * own).sum(-1) if self.choice == "cosine" else kl_divergence(own, rows)).tolist()
+        scores = self._score(rows, own).tolist()
         start = 0
         for of in options:
             yield scores[start : start + len(of)]

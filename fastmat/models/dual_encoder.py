@@ -67,6 +67,10 @@ class DualEncoder(nn.Module):
     def logit_scale(self) -> Tensor:
         return self.log_logit_scale.exp()
 
+    @property
+    def token_embedding(self) -> nn.Embedding | None:
+        return getattr(self.text_tower, "token_embedding", None)
+
     def tokenize(self, texts: Sequence[str], *, max_length: int | None = None, pad: bool = False) -> TextTokens:
         limit = self.context_length if max_length is None else min(max_length, self.context_length)
         rows = [self.tokenizer(text, limit) for text in texts]

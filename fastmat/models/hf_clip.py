@@ -43,6 +43,12 @@ class TextTower(nn.Module):
         output = self.text_model(input_ids=ids)
         return output.pooler_output, output.last_hidden_state
 
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        text: Any = self.text_model
+        embedding: nn.Embedding = text.embeddings.token_embedding
+        return embedding
+
     def causal(self) -> CausalTower | None:
         """The tower block by block."""
         text: Any = self.text_model

@@ -88,6 +88,10 @@ class TextTower(nn.Module):
         tokens = text.ln_final(text.transformer(x, attn_mask=causal))
         return text_global_pool(tokens, ids, text.pool_type, eos_token_id=getattr(text, "eos_id", None)), tokens
 
+    @property
+    def token_embedding(self) -> nn.Embedding:
+        return self.text.token_embedding
+
     def causal(self) -> CausalTower | None:
         """The tower block by block; None where a token sees what comes after it, or a block is not the plain one."""
         text = self.text

@@ -161,6 +161,16 @@ class PrefixModel(VisionLanguageModel, Protocol):
 
 
 @runtime_checkable
+class EmbeddingModel(VisionLanguageModel, Protocol):
+    """A model whose text tower begins with a table of token embeddings."""
+
+    @property
+    def token_embedding(self) -> nn.Embedding | None:
+        """The table; None when the tower hides it."""
+        ...
+
+
+@runtime_checkable
 class FusionModel(VisionLanguageModel, Protocol):
     """A model that also matches an image with a text by cross-attention (ALBEF, BLIP)."""
 

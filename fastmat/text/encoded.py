@@ -17,7 +17,7 @@ from torch import Tensor
 from fastmat.errors import UserError
 from fastmat.memory import Chunks
 from fastmat.models.protocol import PrefixModel, TextPrefixes, TextState, VisionLanguageModel, token_batch
-from fastmat.text.spelling import Ids
+from fastmat.text.spelling import Ids, shared
 
 Representation = Literal["features", "embeds", "tokens", "cls"]
 Parts = dict[Representation, Tensor]
@@ -155,12 +155,3 @@ class EncodedTexts:
 def rows_of(length: int) -> Callable[[int, int], int]:
     """Positions of rows start:stop that are all of one length."""
     return lambda start, stop: (stop - start) * length
-
-
-def shared(a: Ids, b: Ids) -> int:
-    """How many ids two texts have in common from the start on.
-
-    >>> shared((1, 5, 7, 2), (1, 5, 8, 2)), shared((1, 2), (1, 2))
-    (2, 2)
-    """
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -135,3 +135,12 @@ def decoded(word: str, mlm: MaskedLanguageModel, tokenizer: Tokenizer) -> Spelt 
         return None
     first, last = text.split(" ", 1)[0], text.rsplit(" ", 1)[-1]
     return Spelt(ids, len(pieces), glued=first if first.startswith(MARKS) else "", tail=last)
+
+
+def shared(a: Ids, b: Ids) -> int:
+    """How many ids two texts have in common from the start on.
+
+    >>> shared((1, 5, 7, 2), (1, 5, 8, 2)), shared((1, 2), (1, 2))
+    (2, 2)
+    """
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -30,6 +30,7 @@ from fastmat.text.candidates import CandidateSource
 from fastmat.types import ThreatModel
 
 if typing.TYPE_CHECKING:
+    from fastmat.text.candidate_cache import CandidateCache
     from fastmat.text.mlm import MaskedLanguageModel
 
 # Names, not imports: a run that attacks with PGD does not wait for the libraries of every other component.
@@ -298,13 +299,13 @@ def build_attack(
     threat: ThreatModel,
     mlm: Callable[[], object],
     seed: int,
-    candidate_cache: Path | None = None,
+    candidate_cache: CandidateCache | Path | None = None,
     where: str = "attack",
 ) -> Attack:
     """An attack; `parity: official` sets every published quirk, `quirks: {...}` single ones on top.
 
-    mlm: loads the masked language model, called only by an attack on words. candidate_cache: folder where its
-    candidates are kept.
+    mlm: loads the masked language model, called only by an attack on words. candidate_cache: where its candidates
+    are kept.
     """
     factory = locate(ATTACKS[component.name])
     official = typing.cast("type[Attack]", factory).official
@@ -320,7 +321,7 @@ def build_defence(
     threat: ThreatModel,
     mlm: Callable[[], object],
     seed: int,
-    candidate_cache: Path | None = None,
+    candidate_cache: CandidateCache | Path | None = None,
     where: str = "defence",
 ) -> Defence:
     """A defence; teacher: the model before training, of which a defence that needs one keeps a frozen copy."""
@@ -331,7 +332,12 @@ def build_defence(
 
 
 def given_of(
-    *, threat: ThreatModel, mlm: Callable[[], object], quirks: Quirks, seed: int, candidate_cache: Path | None
+    *,
+    threat: ThreatModel,
+    mlm: Callable[[], object],
+    quirks: Quirks,
+    seed: int,
+    candidate_cache: CandidateCache | Path | None,
 ) -> Given:
     """What every part of an attack may ask for."""
     given: dict[str, Callable[[], object]] = {

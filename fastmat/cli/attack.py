@@ -12,7 +12,16 @@ from pathlib import Path
 
 from fastmat.attacks.engine import Engine
 from fastmat.build import build_data, build_model, build_threat, construct, resolve_device
-from fastmat.cli.common import Interrupted, MlmLoader, add_config_arguments, check_out, fingerprint, label_of
+from fastmat.cli.common import (
+    Interrupted,
+    MlmLoader,
+    add_config_arguments,
+    check_out,
+    fingerprint,
+    label_of,
+    open_candidates,
+    tell_candidates,
+)
 from fastmat.cli.config import AttackConfig
 from fastmat.cli.keys import describe
 from fastmat.cli.load import load_config, plain
@@ -24,7 +33,7 @@ from fastmat.evaluation.adversarial_set import MANIFEST
 from fastmat.evaluation.evaluate import encode_gallery, gallery_context
 
 # These decide how fast a set is made, not what is in it; an interrupted run may go on with others.
-SPEED_KEYS = ("batch_size", "workers", "image_cache", "shard_size", "engine")
+SPEED_KEYS = ("batch_size", "workers", "image_cache", "candidate_cache", "shard_size", "engine")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -43,10 +52,16 @@ def write_attacked(config: AttackConfig, out: Path, *, resume: bool = False) -> 
     engine = construct(Engine, config.engine, where="engine")
     device = resolve_device(config.device)
     check_out(out, resume=resume, sign=MANIFEST)
+    cache = open_candidates(config.candidate_cache)
     with together() as processes, stoppable() as stop_asked:
         device = processes.device(device)
         attack, mlm_sha256 = attack_with_hash(
-            config.attack, threat=threat, mlm=MlmLoader(config.mlm, device), seed=config.seed, where="attack"
+            config.attack,
+            threat=threat,
+            mlm=MlmLoader(config.mlm, device),
+            seed=config.seed,
+            candidate_cache=cache,
+            where="attack",
         )
         dataset = build_data(config.data, limit=config.limit)
         model = build_model(config.model, device=device)
@@ -87,6 +102,9 @@ def write_attacked(config: AttackConfig, out: Path, *, resume: bool = False) -> 
             processes=processes,
             stop_asked=stop_asked,
         )
+        counts = processes.all((cache.hits, cache.misses) if cache else (0, 0))
+    if processes.first:
+        tell_candidates(counts)
     if done < dataset.n_images:
         raise Interrupted(
             f"{done} of {dataset.n_images} images are saved in {out}; the same command with --resume goes on"

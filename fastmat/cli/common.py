@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -16,6 +17,7 @@ from fastmat.cli.processes import is_first_process
 from fastmat.errors import UserError
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.models.weights import weights_hash
+from fastmat.text.candidate_cache import CandidateCache
 
 if TYPE_CHECKING:
     from fastmat.text.mlm import MaskedLanguageModel
@@ -85,6 +87,18 @@ class MlmLoader:
         return None if self.loaded is None else self.loaded.fingerprint
 
 
-def progress(total: int, what: str) -> tqdm[NoReturn]:
+def open_candidates(folder: Path | None) -> CandidateCache | None:
+    """What masked language models have proposed, shared by all attacks of a run; None without a folder."""
+    return None if folder is None else CandidateCache(folder=folder)
+
+
+def tell_candidates(counts: Iterable[tuple[int, int]]) -> None:
+    """Print how many captions were found in a cache of candidates, and how many were not. counts: of each process."""
+    found, computed = map(sum, zip(*counts, strict=True))
+    if found + computed:
+        print(f"candidates: {found:,} captions found, {computed:,} computed")
+
+
+def progress(total: int, what: str, *, unit: str = "pair") -> tqdm[NoReturn]:
     """A bar of captions with rate and remaining time; silent where nobody watches."""
-    return tqdm(total=total, desc=what, unit="pair", disable=None if is_first_process() else True, dynamic_ncols=True)
+    return tqdm(total=total, desc=what, unit=unit, disable=None if is_first_process() else True, dynamic_ncols=True)

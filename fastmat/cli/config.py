@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, model_validator
 from pydantic_core import CoreSchema, core_schema
 
-from fastmat.build import ATTACKS, DATASETS, DEFENCES, MODELS, Component, construct, locate, number, parse
+from fastmat.build import ATTACKS, CANDIDATES, DATASETS, DEFENCES, MODELS, Component, construct, locate, number, parse
 from fastmat.errors import UserError, nearest
 
 
@@ -38,11 +38,14 @@ class OneOf:
 
     title: str
     registry: Mapping[str, str]
+    optional: bool = False
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self.read)
 
-    def read(self, value: Any) -> Component:
+    def read(self, value: Any) -> Component | None:
+        if value is None and self.optional:
+            return None
         return value if isinstance(value, Component) else parse(value, self.registry, where="")
 
 
@@ -71,6 +74,8 @@ AttackChoice = Annotated[Component, OneOf("attacks", ATTACKS)]
 DefenceChoice = Annotated[Component, OneOf("defences", DEFENCES)]
 Settings = Annotated[dict[str, Any], Fields("fastmat.training.settings:TrainSettings")]
 
+CandidateChoice = Annotated[Component, OneOf("candidate sources", CANDIDATES)]
+
 # Keys that several commands have.
 Threat = Annotated[dict[str, Any], Fields("fastmat.types:ThreatModel"), Field(description="the budgets of the attack")]
 EngineSettings = Annotated[
@@ -79,6 +84,11 @@ EngineSettings = Annotated[
 Mlm = Annotated[
     str | None, Field(description="a transformers BertForMaskedLM, folder or hub id; attacks on words need it")
 ]
+FitData = Annotated[
+    Component | None,
+    OneOf("data sets", DATASETS, optional=True),
+    Field(description="images and captions that an attack such as universal is fitted to, not those it is judged on"),
+]
 Seed = Annotated[int, Field(ge=0, description="of every random draw")]
 Device = Annotated[str, Field(description="auto (a GPU when there is one), cpu, cuda or cuda:N")]
 EvalBatch = Annotated[int, Field(gt=0, description="images at a time; changes no result")]
@@ -86,7 +96,11 @@ TrainBatch = Annotated[int, Field(gt=0, description="images per step, all proces
 Captions = Annotated[int, Field(gt=0, description="captions drawn per image and step")]
 Workers = Annotated[int, Field(ge=0, description="processes that decode images")]
 ImageCache = Annotated[Path | None, Field(description="folder for decoded images: decoded once, read after that")]
+CandidateFolder = Annotated[
+    Path | None, Field(description="folder for what the mlm proposes: computed once, read after that")
+]
 Limit = Annotated[int | None, Field(gt=0, description="use the first N images only")]
+FitLimit = Annotated[int | None, Field(gt=0, description="use the first N images of fit_data only")]
 Shown = Annotated[int, Field(ge=0, description="images in the report's gallery")]
 
 
@@ -104,7 +118,10 @@ class AttackConfig(Section):
     batch_size: EvalBatch = 32
     workers: Workers = 0
     image_cache: ImageCache = None
+    candidate_cache: CandidateFolder = None
     limit: Limit = None
+    fit_data: FitData = None
+    fit_limit: FitLimit = None
     shard_size: int = Field(256, gt=0, description="images per file of the adversarial set")
 
 
@@ -121,6 +138,7 @@ class TrainConfig(Section):
     batch_size: TrainBatch = 128
     captions_per_image: Captions = 1
     workers: Workers = 0
+    candidate_cache: CandidateFolder = None
     limit: Limit = None
 
 
@@ -160,7 +178,10 @@ class EvalConfig(Section):
     batch_size: EvalBatch = 32
     workers: Workers = 0
     image_cache: ImageCache = None
+    candidate_cache: CandidateFolder = None
     limit: Limit = None
+    fit_data: FitData = None
+    fit_limit: FitLimit = None
     examples: Shown = 8
     resamples: int = Field(1000, gt=0, description="bootstrap resamples behind the 95 % intervals")
 
@@ -170,6 +191,21 @@ class EvalConfig(Section):
             if label not in self.attacks:
                 raise UserError(f"subset: '{label}' is no label of attacks{nearest(label, self.attacks)}")
         return self
+
+
+class CandidatesConfig(Section):
+    """`fastmat candidates`: what decides candidates has the names and defaults that attacks have."""
+
+    data: Data = Field(description="whose captions")
+    mlm: Mlm = None
+    candidates: CandidateChoice = Field(Component(name="masked"), description="how substitutes are proposed")
+    parity: Literal["correct", "official"] = Field("correct", description="that of the attacks that will read them")
+    quirks: Annotated[dict[str, Any], Fields("fastmat.quirks:Quirks")] = Field(
+        {}, description="theirs, on top of parity; the official co_attack and sep also have text_max_length: 30"
+    )
+    candidate_cache: CandidateFolder = None
+    device: Device = "auto"
+    limit: Limit = None
 
 
 class ExportConfig(Section):

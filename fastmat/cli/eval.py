@@ -20,7 +20,7 @@ from pathlib import Path
 from fastmat.attacks.engine import Engine
 from fastmat.build import build_data, build_threat, check_weights, construct, resolve_device
 from fastmat.cli.cells import Cell, Cells
-from fastmat.cli.common import Interrupted, MlmLoader, add_config_arguments, check_out
+from fastmat.cli.common import Interrupted, MlmLoader, add_config_arguments, check_out, open_candidates, tell_candidates
 from fastmat.cli.config import EvalConfig
 from fastmat.cli.keys import describe
 from fastmat.cli.load import load_config, plain
@@ -36,7 +36,7 @@ from fastmat.evaluation.results import Results, environment
 from fastmat.evaluation.subset import draw_rows
 from fastmat.report.html import write_report
 
-SPEED_KEYS = ("batch_size", "workers", "image_cache", "keep_sets")
+SPEED_KEYS = ("batch_size", "workers", "image_cache", "candidate_cache", "keep_sets")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -69,12 +69,19 @@ def evaluate_models(config: EvalConfig, out: Path, *, resume: bool = False) -> R
         check_weights(model, where=f"surrogates.{label}")
     more = [build_threat({**config.threat, "eps": eps}, where="eps") for eps in config.eps]
     radii = [threat, *(other for other in more if other != threat)]
+    cache = open_candidates(config.candidate_cache)
     with together() as processes, stoppable() as stop_asked:
         device = processes.device(device)
         mlm = MlmLoader(config.mlm, device)
         built = {
             label: [
-                (c, *attack_with_hash(c, threat=t, mlm=mlm, seed=config.seed, where=f"attacks.{label}")) for t in radii
+                (
+                    c,
+                    *attack_with_hash(
+                        c, threat=t, mlm=mlm, seed=config.seed, candidate_cache=cache, where=f"attacks.{label}"
+                    ),
+                )
+                for t in radii
             ]
             for label, c in config.attacks.items()
         }
@@ -125,10 +132,12 @@ def evaluate_models(config: EvalConfig, out: Path, *, resume: bool = False) -> R
         else:
             for label, victim in config.victims.items():
                 matrix.judge({label: victim.model}, {label: victim})
+        counts = processes.all((cache.hits, cache.misses) if cache else (0, 0))
         if processes.first:
             matrix.finish()
             write_report(out)
             if rows.kept or matrix.found:
                 total = rows.kept + rows.made
                 print(f"inputs unchanged: {rows.kept} of {total} rows kept, {matrix.found} adversarial sets taken up")
+            tell_candidates(counts)
         return processes.agreed(lambda: rows.results)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from pydantic_core import PydanticUndefined
 
 from fastmat import quirks
-from fastmat.build import OBJECTIVES, SEAMS, TEXT_SEARCHES, locate, parameters_of
+from fastmat.build import OBJECTIVES, SEAMS, TEXT_SEARCHES, Component, locate, parameters_of
 from fastmat.cli.config import Fields, OneOf, Section
 from fastmat.defences.mat import TextSearch
 
@@ -27,7 +27,9 @@ def describe(schema: type[Section]) -> str:
         lines += wrapped(f"{key}: {type_name(annotation)}{default_text(default)}", 2)
         lines += wrapped(meaning, 6)
         marks = list(marks_of(annotation))
-        registries += [mark for mark in marks if isinstance(mark, OneOf) and mark not in registries]
+        for mark in marks:
+            if isinstance(mark, OneOf) and all(mark.title != other.title for other in registries):
+                registries.append(mark)
         for mark in marks:
             if isinstance(mark, Fields):
                 for line in arguments_of(mark.factory, prefix=f"{key}.", run_seed=True):
@@ -153,6 +155,8 @@ def default_text(default: Any) -> str:
         return " (required)"
     if default in ({}, ()):
         return ""
+    if isinstance(default, Component):
+        default = default.name
     return f" = {'null' if default is None else fraction_text(default)}"
 
 

@@ -26,11 +26,18 @@ from fastmat.evaluation.manifest import Manifest, config_fingerprint, sha256
 from fastmat.evaluation.results import Threat
 from fastmat.evaluation.subset import pick, picked
 from fastmat.models.protocol import VisionLanguageModel
+from fastmat.text.candidate_cache import CandidateCache
 from fastmat.types import AttackContext, ImageTransform, ThreatModel
 
 
 def attack_with_hash(
-    component: Component, *, threat: ThreatModel, mlm: MlmLoader, seed: int, where: str
+    component: Component,
+    *,
+    threat: ThreatModel,
+    mlm: MlmLoader,
+    seed: int,
+    candidate_cache: CandidateCache | None = None,
+    where: str,
 ) -> tuple[Attack, str | None]:
     """An attack, and the hash of the masked language model if it asked for one."""
     asked = False
@@ -40,7 +47,7 @@ def attack_with_hash(
         asked = True
         return mlm()
 
-    attack = build_attack(component, threat=threat, mlm=load, seed=seed, where=where)
+    attack = build_attack(component, threat=threat, mlm=load, seed=seed, candidate_cache=candidate_cache, where=where)
     return attack, mlm.sha256 if asked else None
 
 

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from fastmat.build import build_data, build_defence, build_model, build_threat, construct
-from fastmat.cli.common import Interrupted, MlmLoader, add_config_arguments, check_out
+from fastmat.cli.common import Interrupted, MlmLoader, add_config_arguments, check_out, open_candidates, tell_candidates
 from fastmat.cli.config import TrainConfig
 from fastmat.cli.keys import describe
 from fastmat.cli.load import load_config, plain
@@ -24,6 +24,8 @@ from fastmat.data.loader import TrainingBatches
 from fastmat.training import interrupt
 from fastmat.training.loop import TrainReport, train
 from fastmat.training.settings import TrainSettings
+
+SPEED_KEYS = ("workers", "candidate_cache")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -48,7 +50,10 @@ def train_model(config: TrainConfig, out: Path, *, resume: bool = False) -> Trai
     dataset = build_data(config.data, limit=config.limit)
     model = build_model(config.model)
     mlm = MlmLoader(config.mlm, accelerator.device)
-    defence = build_defence(config.defence, teacher=model, threat=threat, mlm=mlm, seed=config.seed)
+    cache = open_candidates(config.candidate_cache)
+    defence = build_defence(
+        config.defence, teacher=model, threat=threat, mlm=mlm, seed=config.seed, candidate_cache=cache
+    )
     batches = TrainingBatches(
         dataset,
         model.image_transform,
@@ -57,7 +62,7 @@ def train_model(config: TrainConfig, out: Path, *, resume: bool = False) -> Trai
         seed=config.seed,
         workers=config.workers,
     )
-    told = {key: value for key, value in plain(config).items() if key not in ("train", "workers")}
+    told = {key: value for key, value in plain(config).items() if key not in ("train", *SPEED_KEYS)}
     told |= {"data_fingerprint": dataset.fingerprint(), "mlm_sha256": mlm.sha256}
     try:
         report = train(
@@ -67,6 +72,8 @@ def train_model(config: TrainConfig, out: Path, *, resume: bool = False) -> Trai
         leave(joined)
         raise Interrupted(f"saved in {stopped.checkpoint}; the same command with --resume goes on") from stopped
     leave(joined)
+    if cache and is_first_process():
+        tell_candidates([(cache.hits, cache.misses)])
     return report
 
 

@@ -17,7 +17,8 @@ class MaskedCandidates:
     """The likeliest pieces at a word's place, the word itself not masked.
 
     top_k, threshold: candidates per piece, and the least logit they may have (SGA and Co-Attack: 10, 0.3).
-    candidate_cache: a folder where they are kept for every other attack, epoch and process; None: computed each time.
+    candidate_cache: a folder where they are kept for every other attack, epoch and process, or an open one, which
+        several sources may share; None: computed each time.
     Raises UserError for a top_k below 1, or a folder that cannot be used.
     """
 
@@ -27,14 +28,16 @@ class MaskedCandidates:
         mlm: MaskedLanguageModel,
         top_k: int = 10,
         threshold: float = 0.3,
-        candidate_cache: Path | None = None,
+        candidate_cache: CandidateCache | Path | None = None,
     ) -> None:
         if top_k < 1:
             raise UserError(f"top_k must be at least 1, got {top_k}")
         self.mlm = mlm
         self.top_k = top_k
         self.threshold = threshold
-        self.cache = None if candidate_cache is None else CandidateCache(folder=candidate_cache)
+        if isinstance(candidate_cache, Path):
+            candidate_cache = CandidateCache(folder=candidate_cache)
+        self.cache = candidate_cache
 
     def __call__(self, captions: Sequence[str], *, quirks: Quirks) -> list[Found]:
         """`Quirks.text_max_length` limits what the language model reads."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_mlm import tiny_parts
+from transformers.utils import logging
 
 from fastmat.cli.main import main
 
@@ -39,6 +40,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def mlm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    logging.disable_progress_bar()  # transformers was imported before the command could say so
     folder = tmp_path_factory.mktemp("mlm")
     model, tokenizer = tiny_parts()
     model.save_pretrained(folder)

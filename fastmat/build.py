@@ -51,6 +51,8 @@ ATTACKS = {
     "sga": "fastmat.attacks.sga:SGA",
     "dra": "fastmat.attacks.dra:DRA",
     "universal": "fastmat.attacks.universal:Universal",
+    "alternating": "fastmat.attacks.alternating:Alternating",
+    "strongest": "fastmat.attacks.strongest:Strongest",
 }
 OBJECTIVES = {
     "contrastive": "fastmat.attacks.objectives:Contrastive",
@@ -58,6 +60,7 @@ OBJECTIVES = {
     "cosine": "fastmat.attacks.objectives:CosineToOwn",
     "kl": "fastmat.attacks.objectives:KLFromClean",
     "target": "fastmat.attacks.target:Target",
+    "rivals": "fastmat.attacks.rivals:Rivals",
     "squared_l2": "fastmat.attacks.objectives:SquaredL2FromClean",
 }
 DEFENCES = {

@@ -6,11 +6,13 @@ captions counts. IR: a query caption ranks images.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from fastmat.errors import UserError
 
 KS = (1, 5, 10)
 
@@ -67,6 +69,32 @@ def success_rates(clean: Ranks, ranks: Ranks) -> dict[str, float | None]:
         for way in ("tr", "ir")
         for k in KS
     }
+
+
+def worst_case(runs: Sequence[Ranks]) -> Ranks:
+    """Each query's worst rank over several attacks on the same data: it is right only if it is right in every one.
+
+    Each run's ranks are those in its own gallery. Raises UserError without a run or when the queries are not the same.
+
+    >>> one = Ranks(tr=torch.tensor([0, 3]), ir=torch.tensor([0, 1]), txt2img=torch.tensor([0, 1]))
+    >>> two = Ranks(tr=torch.tensor([2, 0]), ir=torch.tensor([0, 5]), txt2img=torch.tensor([0, 1]))
+    >>> worst_case([one, two]).tr.tolist(), worst_case([one, two]).ir.tolist()
+    ([2, 3], [0, 5])
+    """
+    if not runs:
+        raise UserError("there is no run to take the worst of: hand in the ranks of at least one attack")
+    first = runs[0]
+    for other in runs[1:]:
+        if len(other.tr) != len(first.tr) or not torch.equal(other.txt2img, first.txt2img):
+            raise UserError(
+                f"runs must have the same queries, but there are {len(first.tr)} images and {len(first.ir)} captions "
+                f"in one, {len(other.tr)} and {len(other.ir)} or other pairs in another"
+            )
+    return Ranks(
+        tr=torch.stack([run.tr for run in runs]).amax(0),
+        ir=torch.stack([run.ir for run in runs]).amax(0),
+        txt2img=first.txt2img,
+    )
 
 
 def bootstrap_intervals(

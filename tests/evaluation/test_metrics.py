@@ -6,8 +6,18 @@ import pytest
 import torch
 from golden import golden
 
+from fastmat.errors import UserError
 from fastmat.evaluation import metrics
-from fastmat.evaluation.metrics import KS, Ranks, attack_success_rate, bootstrap_intervals, recalls, success_rates
+from fastmat.evaluation.metrics import (
+    KS,
+    Ranks,
+    attack_success_rate,
+    bootstrap_intervals,
+    recall_at,
+    recalls,
+    success_rates,
+    worst_case,
+)
 from fastmat.ops import retrieval_ranks
 from fastmat.ops.ranks import ranks_of_scores
 
@@ -133,3 +143,25 @@ def test_golden_ranks_without_the_matrix(case: str) -> None:
 
 def in_our_words(expected: dict[str, float]) -> dict[str, float]:
     return {name.replace("txt_r", "tr@").replace("img_r", "ir@"): value for name, value in expected.items()}
+
+
+def test_the_worst_case_is_right_only_where_every_run_is() -> None:
+    runs = [random_ranks(seed, captions=(3,) * 40, top=6) for seed in range(3)]
+    worst = worst_case(runs)
+    for k in (1, 5):
+        for way in ("tr", "ir"):
+            queries = zip(*(getattr(run, way).tolist() for run in runs), strict=True)
+            right = [all(rank < k for rank in query) for query in queries]
+            assert recall_at(getattr(worst, way), k) == pytest.approx(100 * sum(right) / len(right))
+    assert torch.equal(worst.txt2img, runs[0].txt2img)
+    assert recall_at(worst.tr, 5) < min(recall_at(run.tr, 5) for run in runs)
+
+
+def test_the_worst_case_needs_the_same_queries() -> None:
+    one = Ranks(tr=torch.zeros(2), ir=torch.zeros(2), txt2img=torch.tensor([0, 1]))
+    with pytest.raises(UserError, match="at least one"):
+        worst_case([])
+    with pytest.raises(UserError, match="runs must have the same queries, but there are 2 images and 2 captions"):
+        worst_case([one, Ranks(tr=torch.zeros(2), ir=torch.zeros(3), txt2img=torch.tensor([0, 1, 1]))])
+    with pytest.raises(UserError, match="other pairs"):
+        worst_case([one, Ranks(tr=torch.zeros(2), ir=torch.zeros(2), txt2img=torch.tensor([0, 0]))])

@@ -25,13 +25,16 @@ BUDGET_SLACK = 1e-6  # rounding of fp32 sums near 1
 class Attack(abc.ABC):
     """`attack(model, batch, context=None) -> AttackResult`. A subclass writes `run` and keeps its own settings.
 
-    An attack that must be fitted to a model or corpus overrides `fit`. `official` is its published behaviour.
+    `official` is its published behaviour. An attack that learns from other data before it attacks overrides `fit`, has
+    `save(path)` and `load(path)` for what it has learnt, and says so while there is nothing:
 
+    needs_fit: whether `fit` or `load` must come before a call.
     splits: False where an image's result depends on the rest of its batch; such a batch is never split.
     per_image: names of attributes in which `run` leaves a [B] tensor; after a split they are those of the whole batch.
     """
 
     official: ClassVar[Quirks] = Quirks.official()
+    needs_fit: bool = False
     splits: bool = True
     per_image: ClassVar[tuple[str, ...]] = ()
 

@@ -87,14 +87,9 @@ class Universal(Attack):
         self.n_words = n_words
         self.n_captions = n_captions
         self.perturbation: UniversalPerturbation | None = None
+        self.needs_fit = perturbation is None
         if perturbation is not None:
-            found = UniversalPerturbation.load(perturbation)
-            if found.norm != threat.norm or not math.isclose(found.eps, threat.eps, rel_tol=1e-6):
-                raise UserError(
-                    f"perturbation {perturbation} was fitted within {found.norm} {found.eps:.6g}, but the threat model "
-                    f"says {threat.norm} {threat.eps:.6g}; fit one within it, or set eps and norm to the file's"
-                )
-            self.perturbation = found
+            self.load(perturbation)
 
     def fit(self, model: VisionLanguageModel, batches: Iterable[Batch]) -> None:
         """Learn delta and word from `batches`, which are gone through `epochs` + 1 times.
@@ -130,6 +125,16 @@ class Universal(Attack):
     def save(self, path: Path) -> None:
         """Write what was fitted, for `perturbation`. Raises UserError when nothing was."""
         self.fitted().save(path)
+
+    def load(self, path: Path) -> None:
+        """Take up what `save` wrote. Raises UserError unless it was fitted within this threat model's radius."""
+        found, threat = UniversalPerturbation.load(path), self.threat
+        if found.norm != threat.norm or not math.isclose(found.eps, threat.eps, rel_tol=1e-6):
+            raise UserError(
+                f"perturbation {path} was fitted within {found.norm} {found.eps:.6g}, but the threat model says "
+                f"{threat.norm} {threat.eps:.6g}; fit one within it, or set eps and norm to the file's"
+            )
+        self.perturbation = found
 
     def run(
         self, model: VisionLanguageModel, batch: Batch, context: AttackContext, draws: Draws

@@ -23,9 +23,10 @@ from fastmat.cli.common import (
     tell_candidates,
 )
 from fastmat.cli.config import AttackConfig
+from fastmat.cli.fitting import fit_set
 from fastmat.cli.keys import describe
 from fastmat.cli.load import load_config, plain
-from fastmat.cli.making import attack_with_hash, make_set, plan_set
+from fastmat.cli.making import attack_with_hash, files_of, make_set, plan_set
 from fastmat.cli.parser import Parser
 from fastmat.cli.together import stoppable, together
 from fastmat.data.loader import evaluation_batches
@@ -34,6 +35,7 @@ from fastmat.evaluation.evaluate import encode_gallery, gallery_context
 
 # These decide how fast a set is made, not what is in it; an interrupted run may go on with others.
 SPEED_KEYS = ("batch_size", "workers", "image_cache", "candidate_cache", "shard_size", "engine")
+FIT_KEYS = ("fit_data", "fit_limit")  # a fingerprint of that data stands for them
 
 
 def add_arguments(parser: Parser) -> None:
@@ -64,6 +66,7 @@ def write_attacked(config: AttackConfig, out: Path, *, resume: bool = False) -> 
             where="attack",
         )
         dataset = build_data(config.data, limit=config.limit)
+        fit_on = fit_set(config, dataset, needed_by="attack" if attack.needs_fit else None)
         model = build_model(config.model, device=device)
         batches = evaluation_batches(
             dataset,
@@ -72,8 +75,10 @@ def write_attacked(config: AttackConfig, out: Path, *, resume: bool = False) -> 
             workers=config.workers,
             image_cache=config.image_cache,
         )
-        resolved = {key: value for key, value in plain(config).items() if key not in SPEED_KEYS}
-        resolved |= {"mlm_sha256": mlm_sha256, "precision": engine.precision}
+        resolved = {key: value for key, value in plain(config).items() if key not in (*SPEED_KEYS, *FIT_KEYS)}
+        resolved |= {"mlm_sha256": mlm_sha256, "precision": engine.precision, **(fit_on.inputs() if fit_on else {})}
+        if files := files_of(config.attack):
+            resolved["files"] = files
         if not attack.splits:
             resolved["batch_size"] = config.batch_size
         rows = range(dataset.n_images)
@@ -98,6 +103,7 @@ def write_attacked(config: AttackConfig, out: Path, *, resume: bool = False) -> 
             batches=batches,
             rows=rows,
             context=lambda: gallery_context(encode_gallery(model, batches)),
+            fit_on=fit_on,
             shard_images=config.shard_size,
             processes=processes,
             stop_asked=stop_asked,

@@ -15,6 +15,7 @@ from fastmat.attacks.engine import Engine
 from fastmat.build import Component, build_model
 from fastmat.cli.config import EvalConfig, Victim
 from fastmat.cli.encoded import Encoded
+from fastmat.cli.fitting import FitSet
 from fastmat.cli.load import plain
 from fastmat.cli.making import make_set, plan_set
 from fastmat.cli.rows import Rows
@@ -37,12 +38,16 @@ from fastmat.types import Batch
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """An attack, what its outcome depends on besides surrogate and data, and the images it attacks."""
+    """An attack, what its outcome depends on besides surrogate and data, and the images it attacks.
+
+    fit_on: what it learns from before, for each surrogate anew.
+    """
 
     label: str
     attack: Attack
     inputs: Mapping[str, Any]
     rows: tuple[int, ...]
+    fit_on: FitSet | None = None
 
 
 @dataclass(kw_only=True)
@@ -179,6 +184,7 @@ class Cells:
             batches=surrogate.batches,
             rows=cell.rows,
             context=lambda: surrogate.context,
+            fit_on=cell.fit_on,
             shard_images=self.config.batch_size,
             processes=self.processes,
             stop_asked=self.stop_asked,

@@ -22,6 +22,7 @@ from fastmat.build import build_data, build_threat, check_weights, construct, re
 from fastmat.cli.cells import Cell, Cells
 from fastmat.cli.common import Interrupted, MlmLoader, add_config_arguments, check_out, open_candidates, tell_candidates
 from fastmat.cli.config import EvalConfig
+from fastmat.cli.fitting import fit_set
 from fastmat.cli.keys import describe
 from fastmat.cli.load import load_config, plain
 from fastmat.cli.making import attack_with_hash, inputs_of
@@ -86,6 +87,8 @@ def evaluate_models(config: EvalConfig, out: Path, *, resume: bool = False) -> R
             for label, c in config.attacks.items()
         }
         dataset = build_data(config.data, limit=config.limit)
+        unfitted = [label for label, ((_, attack, _), *_) in built.items() if attack.needs_fit]
+        fit_on = fit_set(config, dataset, needed_by=f"attacks.{unfitted[0]}" if unfitted else None)
         cells = {
             label: [
                 Cell(
@@ -98,7 +101,9 @@ def evaluate_models(config: EvalConfig, out: Path, *, resume: bool = False) -> R
                         mlm_sha256=mlm_sha256,
                         seed=config.seed,
                         batch_size=config.batch_size,
+                        fit_on=fit_on if label in unfitted else None,
                     ),
+                    fit_on=fit_on if label in unfitted else None,
                     rows=draw_rows(dataset.n_images, config.subset.get(label, dataset.n_images), seed=config.seed),
                 )
                 for component, attack, mlm_sha256 in variants

@@ -14,6 +14,7 @@ from fastmat.attacks.base import Attack
 from fastmat.attacks.engine import Engine
 from fastmat.build import Component, build_attack
 from fastmat.cli.common import MlmLoader, progress
+from fastmat.cli.fitting import FitSet, fitted
 from fastmat.cli.load import plain
 from fastmat.cli.table import radius
 from fastmat.cli.together import Processes
@@ -52,19 +53,42 @@ def attack_with_hash(
 
 
 def inputs_of(
-    component: Component, attack: Attack, *, engine: Engine, mlm_sha256: str | None, seed: int, batch_size: int
+    component: Component,
+    attack: Attack,
+    *,
+    engine: Engine,
+    mlm_sha256: str | None,
+    seed: int,
+    batch_size: int,
+    fit_on: FitSet | None,
 ) -> dict[str, Any]:
     """What an attack makes depends on, besides surrogate and data."""
-    named = [Path(value) for value in component.arguments.values() if isinstance(value, str | Path)]
-    inputs = {
+    inputs: dict[str, Any] = {
         "attack": plain(component),
-        "files": {str(path): sha256(path.read_bytes()) for path in named if path.is_file()},
+        "files": files_of(component),
         "threat": asdict(attack.threat),
         "seed": seed,
         "mlm_sha256": mlm_sha256,
         "precision": engine.precision,
     }
-    return inputs if attack.splits else {**inputs, "batch_size": batch_size}
+    if not attack.splits:
+        inputs["batch_size"] = batch_size
+    return inputs if fit_on is None else {**inputs, **fit_on.inputs()}
+
+
+def files_of(component: Component) -> dict[str, str]:
+    """The files that an attack or a part of it names, and the sha256 of what is in them."""
+    paths = [Path(text) for text in texts_in(plain(component))]
+    return {str(path): sha256(path.read_bytes()) for path in paths if path.is_file()}
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """The strings at any depth of a config."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from texts_in(item)
 
 
 def plan_set(
@@ -114,13 +138,15 @@ def make_set(
     batches: EvaluationBatches,
     rows: Sequence[int],
     context: Callable[[], AttackContext],
+    fit_on: FitSet | None,
     shard_images: int,
     processes: Processes,
     stop_asked: Callable[[], bool],
 ) -> int:
     """Write, or finish, the set of the images `rows`; how many of them are in finished shards.
 
-    Every process attacks its share of the same batches, so that their number changes nothing; the first one writes.
+    fit_on: what the attack learns from before; None: nothing, or it has. Every process attacks its share of the same
+    batches, so that their number changes nothing; the first one writes.
     Once one of them is asked to stop, all stop after the batch at hand.
     """
     writer: AdversarialSetWriter | None = None
@@ -133,6 +159,8 @@ def make_set(
 
     clean = context()  # before anything is written: it reads all the data
     done = processes.agreed(begin)
+    if fit_on is not None:
+        fitted(attack, fit_on, surrogate, folder, engine=engine, processes=processes, stop_asked=stop_asked)
     share = picked(batches, rows[done:], share=processes.rank, of=processes.count)
     mine = run_attack(surrogate, attack, share, clean, engine=engine)
     captions = [len(batches.dataset.captions[row]) for row in rows]

@@ -49,6 +49,7 @@ ATTACKS = {
     "sep": "fastmat.attacks.sep:SepAttack",
     "co_attack": "fastmat.attacks.co_attack:CoAttack",
     "sga": "fastmat.attacks.sga:SGA",
+    "cmi": "fastmat.attacks.cmi:CMI",
     "dra": "fastmat.attacks.dra:DRA",
     "universal": "fastmat.attacks.universal:Universal",
     "alternating": "fastmat.attacks.alternating:Alternating",
@@ -69,7 +70,12 @@ DEFENCES = {
     "fare": "fastmat.defences.fare:FARE",
     "mat": "fastmat.defences.mat:MAT",
 }
-CANDIDATES = {"masked": "fastmat.text.masked:MaskedCandidates"}
+CANDIDATES = {
+    "masked": "fastmat.text.masked:MaskedCandidates",
+    "lexicon": "fastmat.text.lexicon:Lexicon",
+    "neighbours": "fastmat.text.neighbours:Neighbours",
+    "characters": "fastmat.text.characters:Characters",
+}
 TEXT_SEARCHES = {"word_substitution": "fastmat.attacks.word_substitution:WordSubstitution"}
 DATASETS = {
     "json": "fastmat.build:json_set",

@@ -19,8 +19,8 @@ from fastmat.errors import UserError
 def read_vectors(path: Path) -> tuple[list[str], Tensor]:
     """Words, and their unit vectors [V, D] fp32; a word that comes twice counts once, a zero vector not at all.
 
-    path: "word v1 ... vD" per line, with or without word2vec's first line "V D", gzipped if it ends in .gz; the 400,000
-        words of GloVe take half a minute. Or FILE.safetensors with one matrix [V, D] and FILE.txt with a word per row.
+    path: "word v1 ... vD" per line, with or without word2vec's first line "V D", gzipped if it ends in .gz.
+        Or FILE.safetensors with one matrix [V, D] and FILE.txt with a word per row, which opens much faster.
     Raises UserError, in one sentence that names the file, for one that is missing, damaged or holds something else.
     """
     path = Path(path)

@@ -51,6 +51,7 @@ ATTACKS = {
     "sga": "fastmat.attacks.sga:SGA",
     "cmi": "fastmat.attacks.cmi:CMI",
     "dra": "fastmat.attacks.dra:DRA",
+    "sa_aet": "fastmat.attacks.sa_aet:SAAET",
     "universal": "fastmat.attacks.universal:Universal",
     "alternating": "fastmat.attacks.alternating:Alternating",
     "strongest": "fastmat.attacks.strongest:Strongest",

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastmat.attacks.draws import Draws
+from fastmat.attacks.draws import Draws, SeededDraws
 from fastmat.benchmarks.attacks.job import Job, Outcome, Runner, features
 from fastmat.benchmarks.attacks.setting import Setting
 from fastmat.benchmarks.attacks.sga import IMAGES, LENGTH, STEPS, views
@@ -27,15 +27,15 @@ SHARE = 0.4  # of all captions
 WEIGHTS = (0.6, 0.2, 0.2)  # of clean, final and last but one image in the last text pass
 # Percents of (current, clean, last) with current < last < clean, and their chances as the original draws them: the
 # first uniform in 1..100, the second in what is left, again until they are in order.
-TRIPLES = torch.tensor([(a, b, 100 - a - b) for a in range(1, 99) for b in range(1, 100 - a) if a < 100 - a - b < b])
-CHANCES = 1 / (100.0 - TRIPLES[:, 0].double())
+TRIPLES = [[(a, b, 100 - a - b) for b in range(1, 100 - a) if a < 100 - a - b < b] for a in range(1, 33)]
+CHANCES = torch.tensor([len(triples) / (100 - triples[0][0]) for triples in TRIPLES], dtype=torch.float64)
 
 
 def job(setting: Setting) -> Job:
     batch, tokenizer = setting.batch.rows(0, IMAGES), setting.tokenizer
-    every = setting.batch.texts
-    chosen = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))[: max(2, int(SHARE * len(every)))]
-    corpus = [every[int(t)] for t in chosen]
+    every = batch.texts  # what an attack's own context holds
+    drawn = SeededDraws(0).uniform("corpus", torch.arange(len(every)), ()).argsort(stable=True)
+    corpus = [every[int(t)] for t in drawn[: max(2, int(SHARE * len(every)))]]
 
     def published(threat: ThreatModel) -> Runner:
         model, bert = setting.unfrozen, setting.unfrozen_bert
@@ -71,10 +71,14 @@ def projector(corpus: Tensor) -> Tensor:
 
 def mixture(draws: Draws, step: int, batch: Batch) -> Tensor:
     """[SAMPLES, 3] weights of current, clean and last image, one set for the batch."""
-    unit = draws.uniform(f"mixture/{step}", batch.index[:1], (SAMPLES,))[0].add(1).div(2).double().cpu()
+    unit = draws.uniform(f"mixture/{step}", batch.index[:1], (SAMPLES, 2))[0].add(1).div(2).double().cpu()
     cumulative = CHANCES.cumsum(0)
-    row = torch.searchsorted(cumulative, unit * cumulative[-1]).clamp_max(len(TRIPLES) - 1)
-    return TRIPLES[row] / 100
+    rows = torch.searchsorted(cumulative, unit[:, 0].contiguous() * cumulative[-1]).clamp_max(len(TRIPLES) - 1)
+    found = [TRIPLES[row] for row in rows.tolist()]
+    chosen = [
+        of_it[min(int(v * len(of_it)), len(of_it) - 1)] for of_it, v in zip(found, unit[:, 1].tolist(), strict=True)
+    ]
+    return torch.tensor(chosen) / 100
 
 
 def attack(

@@ -6,7 +6,8 @@ Constants and order follow the authors' code, SensenGao/VLPTransferAttack, RAtta
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -20,12 +21,26 @@ from fastmat.attacks.search import random_start
 from fastmat.attacks.sga import SGA
 from fastmat.attacks.word_substitution import TextPlan
 from fastmat.errors import UserError
-from fastmat.models.protocol import VisionLanguageModel
+from fastmat.models.protocol import ImageState, VisionLanguageModel
 from fastmat.quirks import Quirks
 from fastmat.text.candidates import CandidateSource
 from fastmat.types import AttackContext, Batch, ThreatModel
 
 Choice = Literal["image", "batch"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """What the attacks that search for their gradient around the trajectory differ in.
+
+    away: given model, batch and the plan of its former texts, what the image ascends.
+    mix: weights [..., 3] of current, clean and previous image from draws [..., 2], uniform in (-1, 1).
+    project_trials: whether the step that judges a mixture ends inside ball and box.
+    """
+
+    away: Callable[[VisionLanguageModel, Batch, TextPlan], Bound]
+    mix: Callable[[Tensor], Tensor]
+    project_trials: bool
 
 
 class DRA(Attack):
@@ -89,12 +104,19 @@ class DRA(Attack):
     def run(
         self, model: VisionLanguageModel, batch: Batch, context: AttackContext, draws: Draws
     ) -> tuple[Tensor, tuple[str, ...]]:
+        search = Search(away=self.sga.away_from_captions, mix=mixture_weights, project_trials=False)
+        return self.along(search, model, batch, draws)
+
+    def along(
+        self, search: Search, model: VisionLanguageModel, batch: Batch, draws: Draws
+    ) -> tuple[Tensor, tuple[str, ...]]:
+        """Text, image, text; adversarial images [B, 3, H, W] and T texts."""
         words = self.sga.words
         plan = words.plan(model, batch.texts)
         with torch.no_grad():
             clean = model.encode_image(batch.images).features
         first = words.search(model, plan, clean[batch.txt2img])
-        images, previous = self.trajectory_end(model, batch.replace(texts=first), draws, plan)
+        images, previous = self.trajectory_end(search, model, batch.replace(texts=first), draws, plan)
         with torch.no_grad():
             ends = [clean, model.encode_image(images).features, model.encode_image(previous).features]
         # The score is linear in the guide: one guide that is a weighted sum scores like the weighted sum of scores.
@@ -104,69 +126,65 @@ class DRA(Attack):
 
     @torch.enable_grad()
     def trajectory_end(
-        self, model: VisionLanguageModel, batch: Batch, draws: Draws, plan: TextPlan
+        self, search: Search, model: VisionLanguageModel, batch: Batch, draws: Draws, plan: TextPlan
     ) -> tuple[Tensor, Tensor]:
         """The final and the last but one iterate, against the captions of `batch` as they stand."""
         threat, sga = self.threat, self.sga
         if threat.eps == 0:
             return batch.images, batch.images
-        value = sga.away_from_captions(model, batch, plan)
+        value = search.away(model, batch, plan)
         x = previous = random_start(batch, threat, draws)
         for step in range(sga.steps):
-            point = self.diversified(model, batch, value, x, previous, step, draws) if step else x
+            point = x
+            if step:
+                index = batch.index if self.choice == "image" else batch.index[:1]
+                weights = search.mix(draws.uniform(f"mixture/{step}", index, (self.samples, 2)))
+                a, b, c = weights.transpose(0, 1)[..., None, None, None].unbind(2)
+                points = a * x + b * batch.images + c * previous
+                point = self.most_harmful(points, model, batch, value, x, projected=search.project_trials)
             live = point.detach().requires_grad_(True)
             noise = sga.noise(batch, step, draws) if sga.scales else None
             (gradient,) = torch.autograd.grad(sga.over_views(model, value, live, noise).sum(), live)
-            moved = ops.pgd_step(
-                x,
-                gradient,
-                batch.images,
-                eps=threat.eps,
-                step_size=sga.step_size,
-                norm=threat.norm,
-                bounds=threat.bounds,
-            )
-            x, previous = moved, x
+            x, previous = self.stepped(x, gradient, batch.images, projected=True), x
         return x, previous
 
-    @torch.enable_grad()
-    def diversified(
-        self,
-        model: VisionLanguageModel,
-        batch: Batch,
-        value: Bound,
-        x: Tensor,
-        previous: Tensor,
-        step: int,
-        draws: Draws,
+    def most_harmful(
+        self, points: Tensor, model: VisionLanguageModel, batch: Batch, value: Bound, x: Tensor, *, projected: bool
     ) -> Tensor:
-        """[B, 3, H, W]: of `samples` mixtures of `x`, the clean images and `previous` the most harmful one."""
+        """[B, 3, H, W]: of `points` [samples, B, 3, H, W] the one whose gradient takes `x` furthest in one step."""
+        size = len(batch)
+        at_once = 1 + len(self.sga.scales)  # as many as the views of a step, whose activations are held together
 
         def harm(images: Tensor) -> Tensor:
-            return value(model.encode_image(images))
+            """[k, B] of images [k * B, 3, H, W]."""
+            state = model.encode_image(images)
+            return torch.stack([value(rows_of(state, start, start + size)) for start in range(0, len(images), size)])
 
-        index = batch.index if self.choice == "image" else batch.index[:1]
-        weights = mixture_weights(draws.uniform(f"mixture/{step}", index, (self.samples, 2)))
-        chosen, best = x, x.new_full((len(x),), -math.inf)
-        for k in range(self.samples):
-            a, b, c = weights[:, k, :, None, None, None].unbind(1)
-            point = a * x + b * batch.images + c * previous
-            live = point.detach().requires_grad_(True)
+        harmed = []
+        for part in points.split(at_once):
+            live = part.flatten(0, 1).detach().requires_grad_(True)
             (gradient,) = torch.autograd.grad(harm(live).sum(), live)
+            here, clean = (images.repeat(len(part), 1, 1, 1) for images in (x, batch.images))
             with torch.no_grad():
-                harmed = harm(self.unprojected_step(x, gradient))
-            if self.choice == "batch":
-                harmed = harmed.mean().expand(len(x))
-            better = harmed > best
-            chosen = torch.where(better[:, None, None, None], point, chosen)
-            best = torch.where(better, harmed, best)
-        return chosen
+                harmed.append(harm(self.stepped(here, gradient, clean, projected=projected)))
+        values = torch.cat(harmed)
+        if self.choice == "batch":
+            values = values.mean(1, keepdim=True).expand_as(values)
+        best = values.nan_to_num(nan=-math.inf).argmax(0)
+        return points[best, torch.arange(size, device=best.device)]
 
-    def unprojected_step(self, x: Tensor, gradient: Tensor) -> Tensor:
-        """One step from `x` along `gradient`: the ball stands around `x` itself and is wide enough."""
-        step_size, norm = self.sga.step_size, self.threat.norm
-        radius = max(step_size, self.threat.eps)
-        return ops.pgd_step(x, gradient, x, eps=radius, step_size=step_size, norm=norm, bounds=(-math.inf, math.inf))
+    def stepped(self, x: Tensor, gradient: Tensor, x0: Tensor, *, projected: bool) -> Tensor:
+        """One step from `x` along `gradient`, inside ball and box where it is projected."""
+        step_size, eps, norm, bounds = self.sga.step_size, self.threat.eps, self.threat.norm, self.threat.bounds
+        if not projected:  # the ball stands around `x` itself and is wide enough
+            x0, eps, bounds = x, max(step_size, eps), (-math.inf, math.inf)
+        return ops.pgd_step(x, gradient, x0, eps=eps, step_size=step_size, norm=norm, bounds=bounds)
+
+
+def rows_of(state: ImageState, start: int, stop: int) -> ImageState:
+    """The state of the images `start:stop`."""
+    tokens = None if state.tokens is None else state.tokens[start:stop]
+    return ImageState(tokens=tokens, embeds=state.embeds[start:stop], features=state.features[start:stop])
 
 
 def mixture_weights(draw: Tensor) -> Tensor:
@@ -179,12 +197,20 @@ def mixture_weights(draw: Tensor) -> Tensor:
     >>> mixture_weights(torch.tensor([[-0.999, -0.999], [0.0, 0.0], [0.999, 0.999]])).mul(100).round().int().tolist()
     [[1, 1, 98], [49, 26, 25], [98, 1, 1]]
     """
-    unit = draw.add(1).div(2).clamp(0, 1)
-    percent = torch.arange(1, 99, device=draw.device, dtype=torch.float32)
-    chance = (99 - percent) / (100 - percent)
+    current = torch.arange(1, 99, device=draw.device)
+    room = 99 - current
+    chance = room / (100 - current)
     chance[-1] += 2
+    return drawn_weights(draw, chance, torch.ones_like(room), room)
+
+
+def drawn_weights(draw: Tensor, chance: Tensor, lowest: Tensor, room: Tensor) -> Tensor:
+    """Weights [..., 3] from `draw` [..., 2]: the first is n percent as likely as `chance[n - 1]`, in any unit, says.
+
+    The second is then one of `room[n - 1]` whole percents from `lowest[n - 1]` on, all alike, the third what is left.
+    """
+    unit = draw.add(1).div(2).clamp(0, 1)
     cumulative = chance.cumsum(0)
-    first = 1 + torch.searchsorted(cumulative, unit[..., 0] * cumulative[-1]).clamp_max(97)
-    room = 99 - first
-    second = 1 + torch.minimum((unit[..., 1] * room).long(), room - 1)
-    return torch.stack((first, second, 100 - first - second), -1) / 100
+    row = torch.searchsorted(cumulative, unit[..., 0] * cumulative[-1]).clamp_max(len(chance) - 1)
+    second = lowest[row] + torch.minimum((unit[..., 1] * room[row]).long(), room[row] - 1)
+    return torch.stack((1 + row, second, 99 - row - second), -1) / 100

@@ -5,8 +5,8 @@ from fractions import Fraction
 import pytest
 import torch
 from batches import random_batch
-from oracles.word_substitution import Oracle
-from tiny_mlm import tiny_candidates, tiny_captions, tiny_parts
+from oracles.three_guides import plain_texts
+from tiny_mlm import tiny_candidates, tiny_captions
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
@@ -17,7 +17,6 @@ from fastmat.attacks.draws import SeededDraws
 from fastmat.errors import UserError
 from fastmat.models.tiny import tiny_clip
 from fastmat.quirks import Quirks
-from fastmat.text.words import STOP_WORDS
 from fastmat.types import Batch, ThreatModel
 
 THREAT = ThreatModel(eps=32 / 255, max_words=1)  # far enough for the moved images to choose other words
@@ -102,39 +101,6 @@ def plain_images(
         moved = x + eps / 4 * gradient(base, step).sign()
         x, previous = (x0 + (moved - x0).clamp(-eps, eps)).clamp(0, 1), x
     return x, previous, choices
-
-
-class ThreeGuides(Oracle):
-    """The published choice: a guide of three features in one row; importance reads the feature once."""
-
-    def encode(self, text: str) -> dict[str, Tensor]:
-        encoded = super().encode(text)
-        return {"once": encoded["features"], "features": encoded["features"].repeat(3)}
-
-
-def plain_texts(model, batch: Batch, weighted: list[tuple[float, Tensor]], quirks: Quirks) -> list[str]:
-    """Each caption away from three weighted images' features; `weighted` holds weight and images."""
-    bert, tokenizer = tiny_parts()
-    words = ThreeGuides(
-        bert=bert,
-        tokenizer=tokenizer,
-        model=model,
-        stop_words=set(STOP_WORDS),
-        quirks=quirks,
-        max_words=1,
-        choice="cosine",
-        importance="once",
-        compare="once",
-        top_k=10,
-        threshold=0.3,
-    )
-    with torch.no_grad():
-        guides = [weight * model.encode_image(images).features for weight, images in weighted]
-    owners = batch.txt2img.tolist()
-    return [
-        words.attack(text, torch.cat([guide[i] for guide in guides]))
-        for text, i in zip(batch.texts, owners, strict=True)
-    ]
 
 
 @pytest.mark.parametrize("choice", ["image", "batch"])

@@ -56,6 +56,13 @@ def say(sentence: str) -> None:
         print(f"fastmat: {sentence}", file=sys.stderr)
 
 
+class Warnings(logging.Handler):
+    """One line for each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"fastmat: warning: {record.getMessage()}", file=sys.stderr)
+
+
 def run(words: Sequence[str]) -> int:
     """Find the command, import only it, and run it."""
     listing = "\n".join(f"  {name:<12}{text}" for name, text in COMMANDS.items())
@@ -91,4 +98,8 @@ def quiet() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger().setLevel(logging.ERROR)
+    own = logging.getLogger("fastmat")  # as that memory ran out and less is done at once
+    own.setLevel(logging.WARNING)
+    if not own.handlers:
+        own.addHandler(Warnings())
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator" not in record.getMessage())

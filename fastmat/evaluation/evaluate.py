@@ -11,17 +11,19 @@ captions as they are, and the other way round.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from fastmat.attacks.base import Attack, frozen, text_features
+from fastmat.attacks.base import Attack, frozen, image_features, text_features
 from fastmat.attacks.engine import Engine
 from fastmat.errors import UserError
 from fastmat.evaluation.metrics import Ranks, bootstrap_intervals, recalls, success_rates
 from fastmat.evaluation.results import Row, Setting
+from fastmat.memory import Chunks
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.ops import retrieval_ranks
 from fastmat.types import AttackContext, Batch
@@ -57,20 +59,22 @@ class Attacked:
 
 
 def encode_gallery(model: VisionLanguageModel, batches: Iterable[Batch]) -> Gallery:
-    """Encode every image and caption once, in order.
+    """Encode every image and caption once, in order; where memory runs out, batches go on in halves.
 
     Raises UserError without any image or caption, or when the model gives features that are not finite: they say
     nothing about a rank.
     """
     device = model.logit_scale.device
     images, texts, groups, text_groups, txt2img = [], [], [], [], []
+    images_at_once = Chunks(item="image", advice="evaluate on a device with more of it, or a smaller model")
+    texts_at_once = Chunks(item="caption", advice="evaluate on a device with more of it, or a smaller model")
     seen = 0
     for batch in batches:
         # Inside the loop: pulling the next batch may run an attack, which needs gradients.
-        with frozen(model), torch.no_grad():
-            batch = batch.to(device)
-            images.append(model.encode_image(batch.images).features.float())
-            texts.append(text_features(model, batch.texts).float())
+        batch = batch.to(device)
+        with frozen(model):
+            images += images_at_once.run(len(batch), partial(encode_images, model, batch.images))
+            texts += texts_at_once.run(len(batch.texts), partial(encode_texts, model, batch.texts))
         groups.append(batch.group)
         text_groups.append(batch.text_group)
         txt2img.append(batch.txt2img + seen)
@@ -89,6 +93,14 @@ def encode_gallery(model: VisionLanguageModel, batches: Iterable[Batch]) -> Gall
         if broken:
             raise UserError(f"the model gives NaN or infinite features for {what} {broken[0]} of the data")
     return gallery
+
+
+def encode_images(model: VisionLanguageModel, images: Tensor, start: int, stop: int) -> Tensor:
+    return image_features(model, images[start:stop]).float()
+
+
+def encode_texts(model: VisionLanguageModel, texts: Sequence[str], start: int, stop: int) -> Tensor:
+    return text_features(model, texts[start:stop]).float()
 
 
 def gallery_context(gallery: Gallery) -> AttackContext:
@@ -166,6 +178,14 @@ def evaluate(
 
     clean: the victim's own ranks on the clean data. A victim of another resolution than the surrogate's resizes inside.
     """
+    ranks, measured = attacked_ranks(victim, attacked, clean=clean)
+    return row_of(ranks, clean, setting=setting, resamples=resamples, measured=measured)
+
+
+def attacked_ranks(
+    victim: VisionLanguageModel, attacked: Iterable[Attacked], *, clean: Ranks
+) -> tuple[Ranks, Measured]:
+    """The ranks behind a row, and what passed by. Raises UserError unless the queries are those of `clean`."""
     measured = Measured()
     ranks = gallery_ranks(encode_gallery(victim, measured.watch(attacked)))
     if not torch.equal(ranks.txt2img, clean.txt2img):
@@ -173,7 +193,7 @@ def evaluate(
             f"the attacked data ({len(ranks.tr)} images, {len(ranks.ir)} captions) is not the clean data "
             f"({len(clean.tr)} images, {len(clean.ir)} captions)"
         )
-    return row_of(ranks, clean, setting=setting, resamples=resamples, measured=measured)
+    return ranks, measured
 
 
 def clean_row(clean: Ranks, *, setting: Setting, resamples: int = 1000, gallery_images: int | None = None) -> Row:

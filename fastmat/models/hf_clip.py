@@ -103,9 +103,13 @@ def load_hf_clip(path: str) -> DualEncoder:
     except Exception as error:  # transformers, safetensors and pickle each raise their own
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"no CLIP model could be loaded from {path!r} ({line}); give a folder or a hub id") from error
+    for tower in ("text", "vision"):
+        if f"{tower}_projection.weight" in info["missing_keys"]:
+            raise UserError(f"{path!r} is no whole CLIPModel: it has no {tower} tower; give a model with both towers")
     bad = {what: sorted(info[what]) for what in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[what]}
     if bad:
-        raise UserError(f"weights of {path!r} do not fit CLIPModel: {bad}")
+        told = {what: keys[:5] for what, keys in bad.items()}
+        raise UserError(f"weights of {path!r} do not fit CLIPModel: {told}; give a folder or a hub id of a CLIPModel")
     size = processor.size.get("shortest_edge") or processor.size["height"]
     return take_apart(
         clip.float(),

@@ -6,15 +6,13 @@ Constants and order follow the authors' code, fuhaha824/CMI-Attack, CMI_Attack.p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from fastmat import ops
 from fastmat.attacks.base import Attack
 from fastmat.attacks.draws import Draws
-from fastmat.attacks.search import random_start, value_and_gradient
+from fastmat.attacks.search import ascend, random_start
 from fastmat.attacks.sga import SGA
 from fastmat.attacks.word_substitution import TextPlan
 from fastmat.errors import UserError
@@ -103,22 +101,16 @@ class CMI(Attack):
 
         plan: of what the captions were before. steps: their numbers, which the noise of the views goes by.
         """
-        threat, sga = self.threat, self.sga
-        if threat.eps == 0:
-            return batch.images
+        sga = self.sga
         value = sga.away_from_captions(model, batch, plan)
-        for step in steps:
-            noise = sga.noise(batch, step, draws) if sga.scales else None
-            _, gradient = value_and_gradient(partial(sga.over_views, model, value, noise=noise), x)
-            x = ops.momentum_step(
-                x,
-                velocity,
-                gradient,
-                batch.images,
-                eps=threat.eps,
-                step_size=sga.step_size,
-                decay=self.decay,
-                norm=threat.norm,
-                bounds=threat.bounds,
-            )
-        return x
+        return ascend(
+            lambda x, noise: sga.over_views(model, value, x, noise),
+            batch.images,
+            x,
+            threat=self.threat,
+            steps=len(steps),
+            step_size=sga.step_size,
+            decay=self.decay,
+            velocity=velocity,
+            noise=(lambda step: sga.noise(batch, steps[step], draws)) if sga.scales else None,
+        )

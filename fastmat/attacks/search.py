@@ -62,25 +62,27 @@ def ascend(
     steps: int,
     step_size: float,
     decay: float | None = None,
+    velocity: Tensor | None = None,
     noise: Callable[[int], Tensor] | None = None,
 ) -> Tensor:
     """`steps` projected-gradient steps from `start`, maximising `value(x, noise(step)) -> [B]`.
 
     Gradients with respect to the pixels only; `x` stays fp32 and inside ball and box after every step. decay: of
-    MI-FGSM's velocity; None: the gradient alone. noise: what is random in a step, a new tensor of one shape for every
-    step, drawn outside of it, so that a captured step (`Engine.cuda_graph`) gets fresh noise too; or None.
+    MI-FGSM's velocity; None: the gradient alone. velocity: to begin with, changed in place; None: at rest. noise: what
+    is random in a step, a new tensor of one shape for every step, drawn outside of it, so that a captured step
+    (`Engine.cuda_graph`) gets fresh noise too; or None.
     """
     if threat.eps == 0:
         return x0
     x = start.clone()  # steps are taken in place
-    velocity = None if decay is None else torch.zeros_like(x)
+    velocity = torch.zeros_like(x) if velocity is None else velocity
     ball: dict[str, Any] = {"eps": threat.eps, "norm": threat.norm, "bounds": threat.bounds}
     drawn = None if noise is None else noise(0)
 
     def step() -> None:
         live = x.detach().requires_grad_(True)
         (gradient,) = torch.autograd.grad(value(live, drawn).sum(), live)
-        if velocity is None or decay is None:
+        if decay is None:
             ops.pgd_step(x, gradient, x0, step_size=step_size, out=x, **ball)
         else:
             ops.momentum_step(x, velocity, gradient, x0, step_size=step_size, decay=decay, out=x, **ball)

@@ -30,7 +30,15 @@ from fastmat.quirks import Quirks
 from fastmat.text.masked import MaskedCandidates
 from fastmat.types import ThreatModel
 
-REGISTRIES = (build.MODELS, build.ATTACKS, build.OBJECTIVES, build.DEFENCES, build.TEXT_SEARCHES, build.DATASETS)
+REGISTRIES = (
+    build.MODELS,
+    build.ATTACKS,
+    build.OBJECTIVES,
+    build.DEFENCES,
+    build.CANDIDATES,
+    build.TEXT_SEARCHES,
+    build.DATASETS,
+)
 THREAT = ThreatModel(eps=4 / 255, max_words=2)
 
 

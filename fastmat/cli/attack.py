@@ -10,12 +10,12 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from fastmat.attacks.engine import Engine
-from fastmat.build import build_data, build_model, build_threat, construct, resolve_device
+from fastmat.build import build_data, build_model, build_threat, resolve_device
 from fastmat.cli.common import (
     Interrupted,
     MlmLoader,
     add_config_arguments,
+    build_engine,
     check_out,
     fingerprint,
     label_of,
@@ -51,8 +51,8 @@ def run(arguments: argparse.Namespace) -> None:
 def write_attacked(config: AttackConfig, out: Path, *, resume: bool = False) -> None:
     """Write, or finish, the adversarial set at `out`; in several processes where a launcher started them."""
     threat = build_threat(config.threat)
-    engine = construct(Engine, config.engine, where="engine")
     device = resolve_device(config.device)
+    engine = build_engine(config.engine, device)
     check_out(out, resume=resume, sign=MANIFEST)
     cache = open_candidates(config.candidate_cache)
     with together() as processes, stoppable() as stop_asked:

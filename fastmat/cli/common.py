@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from fastmat.build import Component, build_mlm
+from fastmat.attacks.engine import Engine
+from fastmat.build import Component, build_mlm, construct
 from fastmat.cli.processes import is_first_process
 from fastmat.errors import UserError
 from fastmat.models.protocol import VisionLanguageModel
@@ -66,6 +67,14 @@ def fingerprint(model: VisionLanguageModel) -> str:
     """sha256 of a model's weights."""
     assert isinstance(model, nn.Module)
     return weights_hash(model)
+
+
+def build_engine(arguments: Mapping[str, Any], device: torch.device) -> Engine:
+    """How attacks are executed. Raises UserError for what `device` cannot do, before anything is written."""
+    engine: Engine = construct(Engine, arguments, where="engine")
+    if engine.cuda_graph and device.type != "cuda":
+        raise UserError(f"engine: cuda_graph needs a CUDA device, this run is on {device}; leave cuda_graph off")
+    return engine
 
 
 class MlmLoader:

@@ -17,10 +17,17 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from fastmat.attacks.engine import Engine
-from fastmat.build import build_data, build_threat, check_weights, construct, resolve_device
+from fastmat.build import build_data, build_threat, check_weights, resolve_device
 from fastmat.cli.cells import Cell, Cells
-from fastmat.cli.common import Interrupted, MlmLoader, add_config_arguments, check_out, open_candidates, tell_candidates
+from fastmat.cli.common import (
+    Interrupted,
+    MlmLoader,
+    add_config_arguments,
+    build_engine,
+    check_out,
+    open_candidates,
+    tell_candidates,
+)
 from fastmat.cli.config import EvalConfig
 from fastmat.cli.fitting import fit_set
 from fastmat.cli.keys import describe
@@ -32,6 +39,7 @@ from fastmat.cli.rows import Rows
 from fastmat.cli.showcase import Showcase
 from fastmat.cli.table import table
 from fastmat.cli.together import stoppable, together
+from fastmat.errors import UserError
 from fastmat.evaluation.adversarial_set import AdversarialSet
 from fastmat.evaluation.results import Results, environment
 from fastmat.evaluation.subset import draw_rows
@@ -62,8 +70,8 @@ def run(arguments: argparse.Namespace) -> None:
 def evaluate_models(config: EvalConfig, out: Path, *, resume: bool = False) -> Results:
     """Every row that `config` asks for, in `out/results.json`, and the report."""
     threat = build_threat(config.threat)
-    engine = construct(Engine, config.engine, where="engine")
     device = resolve_device(config.device)
+    engine = build_engine(config.engine, device)
     for label, victim in config.victims.items():
         check_weights(victim.model, where=f"victims.{label}.model")
     for label, model in config.surrogates.items():
@@ -87,6 +95,10 @@ def evaluate_models(config: EvalConfig, out: Path, *, resume: bool = False) -> R
             for label, c in config.attacks.items()
         }
         dataset = build_data(config.data, limit=config.limit)
+        for label, count in config.subset.items():
+            if count > dataset.n_images:
+                told = f"{dataset.name}/{dataset.split} has {dataset.n_images} images, cannot take {count}"
+                raise UserError(f"subset.{label}: {told}")
         unfitted = [label for label, ((_, attack, _), *_) in built.items() if attack.needs_fit]
         fit_on = fit_set(config, dataset, needed_by=f"attacks.{unfitted[0]}" if unfitted else None)
         cells = {

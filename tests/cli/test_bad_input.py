@@ -155,3 +155,58 @@ def test_a_masked_language_model_that_is_none(refused: Callable[..., str], mlm_f
         assert "no masked language model could be loaded from" in refused("attack", "attack=bert_attack", words)
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": Code()}))
     assert "no masked language model" in refused("attack", "attack=bert_attack", f"mlm={folder}")
+
+
+NEW_KEYS: dict[str, list[tuple[str, str]]] = {
+    "attack": [
+        ("engine.precision=fp8", "engine: precision: input should be 'fp32' or 'bf16', got 'fp8'"),
+        ("engine.micro_batch=0", "engine: micro_batch must be at least 1, got 0"),
+        ("engine={precison: bf16}", "engine: unknown key 'precison'; did you mean 'precision'?"),
+        ("engine=bf16", "engine: expected {key: value}, got 'bf16'"),
+        ("image_cache=FILE", "image_cache FILE cannot be used"),
+        ("image_cache=3", "image_cache: input should be a path, got 3"),
+        ("candidate_cache=FILE", "folder of candidates FILE is a file: give a directory"),
+        ("candidate_cache=[a]", "candidate_cache: input should be a path, got ['a']"),
+        ("candidate_cach=a", "unknown key 'candidate_cach'; did you mean 'candidate_cache'?"),
+        (
+            "attack={name: sga, candidates: {name: maskd}}",
+            "candidates: unknown name 'maskd'; did you mean",
+        ),
+        ("attack={name: sga, candidates: {name: masked, candidate_cache: a}}", "'candidate_cache' is not set here"),
+        ("attack=universal", "attack: this attack is fitted before it attacks: set fit_data to data"),
+        ("attack={name: universal, perturbation: FILE}", "FILE holds no universal perturbation"),
+        ("fit_data=digit", "fit_data: unknown name 'digit'; did you mean 'digits'?"),
+        ("fit_data={name: digits, split: training}", "fit_data: split: input should be 'train', 'val' or 'test'"),
+        ("fit_limit=0", "fit_limit: input should be greater than 0, got 0"),
+    ],
+    "train": [
+        ("candidate_cache=FILE", "folder of candidates FILE is a file: give a directory"),
+        ("fit_data=digits", "unknown key 'fit_data'"),
+    ],
+    "eval": [
+        ("subset.pgd=0", "subset.pgd: input should be greater than 0, got 0"),
+        ("subset=5", "subset: input should be a valid dictionary, got 5"),
+        ("subset.pdg=2", "subset: 'pdg' is no label of attacks; did you mean 'pgd'?"),
+        ("subset.pgd=7", "subset.pgd: six/test has 6 images, cannot take 7"),
+        ("surrogates=tiny", "surrogates: input should be a valid dictionary, got 'tiny'"),
+        ("surrogates.a=tinny", "surrogates.a: unknown name 'tinny'; did you mean 'tiny'?"),
+        ("surrogates.a={name: tiny, weights: none.pt}", "surrogates.a: weights file none.pt does not exist"),
+        ("surrogates={a b: tiny}", "surrogates.a b: a label may hold letters, digits and . + - _ only, got 'a b'"),
+        ("engine.cuda_graph=true", "engine: cuda_graph needs a CUDA device, this run is on cpu"),
+        ("image_cache=FILE", "image_cache FILE cannot be used"),
+        ("candidate_cache=FILE", "folder of candidates FILE is a file: give a directory"),
+        ("attacks.pgd={name: universal}", "attacks.pgd: this attack is fitted before it attacks: set fit_data"),
+        ("fit_data.split=val", "fit_data: expected a name or {name: ..., argument: ...}, got {'split': 'val'}"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "word", "sentence"), [(c, *pair) for c, pairs in NEW_KEYS.items() for pair in pairs]
+)
+def test_keys(refused: Callable[..., str], tmp_path: Path, command: str, word: str, sentence: str) -> None:
+    """FILE stands for a file where a folder should be."""
+    (tmp_path / "file").write_text("mine")
+    assert sentence.replace("FILE", str(tmp_path / "file")) in refused(
+        command, word.replace("FILE", str(tmp_path / "file"))
+    )

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from fastmat.attacks.alternating import Alternating, Found, merge
 from fastmat.attacks.base import Attack, text_features
+from fastmat.attacks.cmi import CMI
 from fastmat.attacks.co_attack import CoAttack
 from fastmat.attacks.dra import DRA
 from fastmat.attacks.draws import Draws
 from fastmat.attacks.masking import UnreliableGradient, black_box_warning, gradient_warnings
 from fastmat.attacks.objectives import CosineToOwn, KLFromClean, Objective
 from fastmat.attacks.rivals import Rivals, standing
+from fastmat.attacks.sa_aet import SAAET
 from fastmat.attacks.sga import SGA
 from fastmat.attacks.square import Square
 from fastmat.errors import UserError
@@ -25,7 +27,7 @@ from fastmat.text.candidates import CandidateSource
 from fastmat.types import AttackContext, Batch, ThreatModel
 
 Ascended = Literal["contrastive", "margin_i2t", "margin_t2i", "cosine", "kl"]
-Included = Literal["sga", "co_attack", "dra", "square"]
+Included = Literal["sga", "co_attack", "cmi", "dra", "sa_aet", "square"]
 
 OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "contrastive": lambda: Rivals(form="contrastive"),
@@ -34,7 +36,13 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "cosine": CosineToOwn,
     "kl": KLFromClean,
 }
-ON_WORDS = {"sga": SGA, "co_attack": CoAttack, "dra": DRA}
+ON_WORDS: dict[str, Callable[..., Attack]] = {
+    "sga": SGA,
+    "co_attack": CoAttack,
+    "cmi": CMI,
+    "dra": DRA,
+    "sa_aet": SAAET,
+}
 
 
 class Strongest(Attack):
@@ -47,14 +55,14 @@ class Strongest(Attack):
     that stands best against the frozen context (`Standing`): at most as strong as the runs together.
 
     objectives: "contrastive", "margin_i2t", "margin_t2i" (`Rivals`), "cosine" (SGA's), "kl" (Co-Attack's).
-    include: "sga", "co_attack", "dra", "square".
+    include: "sga", "co_attack", "cmi", "dra", "sa_aet", "square".
     steps, restarts, rounds, beam: of `Alternating`. n_queries: of Square; published for hardened models: 5000. All but
         the 100 steps are this project's choice.
 
     Budget by default (`passes`, `queries`): for each image and objective, at most 3 rounds of 2 restarts of 100 steps,
-    610 forwards and 600 backwards, 2440 and 2400 over the four; 1000 queries of Square; what SGA, Co-Attack and DRA
-    take; `gradient_warnings` once per batch. Every single substitution is encoded once per run. Slow: meant for some
-    images against the full gallery (`subset`).
+    610 forwards and 600 backwards, 2440 and 2400 over the four; 1000 queries of Square; what the
+    others take; `gradient_warnings` once per batch. Every single substitution is encoded once per run. Slow: meant for
+    some images against the full gallery (`subset`).
 
     Warns (`UnreliableGradient`), once per kind, when the model is random, its gradient is zero or masked.
     Raises UserError without any run, for one named twice, or for settings that a run refuses.
@@ -66,7 +74,7 @@ class Strongest(Attack):
         threat: ThreatModel,
         candidates: CandidateSource,
         objectives: Sequence[Ascended] = ("contrastive", "margin_i2t", "margin_t2i", "cosine"),
-        include: Sequence[Included] = ("sga", "co_attack", "dra", "square"),
+        include: Sequence[Included] = get_args(Included),
         steps: int = 100,
         restarts: int = 2,
         rounds: int = 3,

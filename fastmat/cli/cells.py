@@ -15,6 +15,7 @@ from fastmat.attacks.engine import Engine
 from fastmat.build import Component, build_model
 from fastmat.cli.config import EvalConfig, Victim
 from fastmat.cli.encoded import Encoded
+from fastmat.cli.ensembles import Ensembles, Judged, measured_of, warn_of_gradients, warn_of_square
 from fastmat.cli.fitting import FitSet
 from fastmat.cli.load import plain
 from fastmat.cli.making import make_set, plan_set
@@ -24,14 +25,11 @@ from fastmat.cli.together import Processes
 from fastmat.data.loader import EvaluationBatches, evaluation_batches
 from fastmat.data.retrieval import RetrievalSet
 from fastmat.evaluation.adversarial_set import MANIFEST, AdversarialSet
-from fastmat.evaluation.evaluate import (
-    Attacked,
-    clean_row,
-    evaluate,
-)
+from fastmat.evaluation.evaluate import Attacked, Measured, attacked_ranks, clean_row, row_of
 from fastmat.evaluation.manifest import Manifest, config_fingerprint
+from fastmat.evaluation.metrics import Ranks, worst_case
 from fastmat.evaluation.results import Row, Setting, Threat, read_json
-from fastmat.evaluation.subset import evaluate_subset, subset_ranks
+from fastmat.evaluation.subset import attacked_subset_ranks
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.types import Batch
 
@@ -64,6 +62,7 @@ class Cells:
     device: torch.device
     engine: Engine
     cells: Mapping[str, Sequence[Cell]]
+    ensembles: Ensembles
     sets: Sequence[AdversarialSet]
     out: Path
     rows: Rows
@@ -89,6 +88,8 @@ class Cells:
                     show = cell is cells[0] and self.showcase.wants(cell.label) and name == next(iter(surrogates))
                     if not self.attack(cell, name, surrogate, judged, show=show):
                         break
+            if self.processes.first:
+                self.worst(name, surrogate, judged)
         for stored in self.sets:
             self.judge_stored(stored, judged)
 
@@ -100,7 +101,7 @@ class Cells:
         for rows in (None, *sorted(chosen, key=len)):
             inputs = self.inputs(victim, {"rows": rows})
             if self.rows.find(setting, inputs) is None:
-                ranks = victim.ranks if rows is None else subset_ranks(victim.gallery, rows)
+                ranks = victim.ranks_of(rows)
                 gallery_images = None if rows is None else total
                 row = clean_row(ranks, setting=setting, resamples=self.config.resamples, gallery_images=gallery_images)
                 self.save(row, inputs)
@@ -143,7 +144,10 @@ class Cells:
         inputs = {label: self.inputs(victim, {"set": key}) for label, victim in judged.items()}
 
         def missing() -> list[str]:
-            return [label for label in judged if self.rows.find(settings[label], inputs[label]) is None]
+            ready = {label: self.ensembles.ready(of) for label, of in inputs.items()}
+            return [
+                label for label in judged if not ready[label] or self.rows.find(settings[label], inputs[label]) is None
+            ]
 
         if self.processes.agreed(missing):
             self.make(folder, plan, cell, surrogate)
@@ -160,10 +164,35 @@ class Cells:
                 shutil.rmtree(folder)
 
         def moved() -> bool:
-            row = next(self.rows.find(settings[label], inputs[label]) for label in judged)
-            return row is not None and row.max_distance > 0
+            found = {label: self.rows.find(settings[label], inputs[label]) for label in judged}
+            rows = {label: row for label, row in found.items() if row is not None}
+            self.ensembles.judged.append(
+                Judged(label=cell.label, surrogate=name, attack=cell.attack, images=cell.rows, rows=rows, inputs=inputs)
+            )
+            return next(iter(rows.values())).max_distance > 0
 
         return self.processes.agreed(moved)
+
+    def worst(self, name: str, surrogate: Encoded, judged: Mapping[str, Encoded]) -> None:
+        """The rows of ensembles on a surrogate: each query's worst rank over the runs and the other attacks."""
+        for label, runs, others in self.ensembles.cases(name):
+            attack, images = runs[0].attack, runs[0].images
+            title, warned = f"{label} on {name}", False
+            for victim, encoded in judged.items():
+                setting = runs[0].rows[victim].setting().model_copy(update={"attack": label})
+                counted = [cell.inputs[victim] for cell in (*runs, *others)]
+                inputs = self.inputs(encoded, {"worst": counted, "rows": images})
+                if self.rows.find(setting, inputs) is not None:
+                    continue
+                if not warned:
+                    warn_of_gradients(title, attack, surrogate, images)
+                    warned = True
+                ranks = self.ensembles.ranks([*runs, *others], victim, images)
+                if setting.white_box:
+                    warn_of_square(title, {cell.label: ranks[cell.label] for cell in runs})
+                measured = measured_of([cell.rows[victim] for cell in runs])
+                rows = None if len(images) == self.dataset.n_images else images
+                self.save(self.row(encoded, worst_case(list(ranks.values())), setting, measured, rows), inputs)
 
     def make(self, folder: Path, plan: Manifest, cell: Cell, surrogate: Encoded) -> None:
         """The adversarial set of a cell, unless it is there."""
@@ -226,16 +255,27 @@ class Cells:
         show: Iterable[Batch] | None,
     ) -> None:
         """A row, after its examples. rows: the images attacked, None: all. show: the clean data as it was attacked."""
-        resamples = self.config.resamples
         if rows is None:
-            row = evaluate(victim.model, attacked, clean=victim.ranks, setting=setting, resamples=resamples)
+            ranks, measured = attacked_ranks(victim.model, attacked, clean=victim.ranks)
         else:
-            row = evaluate_subset(
-                victim.model, attacked, clean=victim.gallery, rows=rows, setting=setting, resamples=resamples
-            )
+            ranks, measured = attacked_subset_ranks(victim.model, attacked, clean=victim.gallery, rows=rows)
+        self.ensembles.write(inputs, ranks)
         if show is not None:
             self.showcase.add(victim.model, show, attacked, victim.ranks, setting)
-        self.save(row, inputs)
+        self.save(self.row(victim, ranks, setting, measured, rows), inputs)
+
+    def row(
+        self, victim: Encoded, ranks: Ranks, setting: Setting, measured: Measured, rows: Sequence[int] | None
+    ) -> Row:
+        """rows: the images whose queries the ranks are, None: all."""
+        return row_of(
+            ranks,
+            victim.ranks_of(rows),
+            setting=setting,
+            resamples=self.config.resamples,
+            measured=measured,
+            gallery_images=None if rows is None else self.dataset.n_images,
+        )
 
     def save(self, row: Row, inputs: str) -> None:
         self.rows.add(row.model_copy(update={"inputs": inputs}))
@@ -245,6 +285,7 @@ class Cells:
     def finish(self) -> None:
         """Drop what earlier runs with other inputs have left: rows, examples, sets that were only begun."""
         self.rows.finish()
+        self.ensembles.finish(self.rows.results.rows)
         self.showcase.keep({row.setting() for row in self.rows.results.rows})
         for file in self.out.glob(f"sets/*/*/{MANIFEST}"):
             begun = read_json(file, Manifest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 
@@ -12,6 +13,7 @@ from fastmat.data.loader import EvaluationBatches
 from fastmat.evaluation.evaluate import Gallery, encode_gallery, gallery_context, gallery_ranks
 from fastmat.evaluation.manifest import config_fingerprint
 from fastmat.evaluation.metrics import Ranks
+from fastmat.evaluation.subset import subset_ranks
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.types import AttackContext
 
@@ -43,6 +45,10 @@ class Encoded:
     @cached_property
     def ranks(self) -> Ranks:
         return gallery_ranks(self.gallery)
+
+    def ranks_of(self, rows: Sequence[int] | None) -> Ranks:
+        """Clean ranks of the queries of the images `rows`, None: of all."""
+        return self.ranks if rows is None else subset_ranks(self.gallery, rows)
 
     @cached_property
     def context(self) -> AttackContext:

@@ -2,8 +2,10 @@
 
 Writes results.json, examples.json and report.html. Every attack is run once on each surrogate and
 judged on all victims; without surrogates, each victim is attacked through its own gradients (white
-box). With --resume, whatever still has the same inputs is kept: rows, and what a killed run had
-attacked. Several processes (accelerate launch, torchrun) attack together.
+box). An ensemble (strongest) has a row for each of its runs, and one for every query's worst rank
+over them and the other attacks on the same images. With --resume, whatever still has the same
+inputs is kept: rows, and what a killed run had attacked. Several processes (accelerate launch,
+torchrun) attack together.
 
     fastmat eval --config clip-vit-b16-flickr30k-eval --out runs/eval
     fastmat eval --config clip-vit-b16-flickr30k-eval --out runs/transfer \\
@@ -29,6 +31,7 @@ from fastmat.cli.common import (
     tell_candidates,
 )
 from fastmat.cli.config import EvalConfig
+from fastmat.cli.ensembles import Ensembles, split
 from fastmat.cli.fitting import fit_set
 from fastmat.cli.keys import describe
 from fastmat.cli.load import load_config, plain
@@ -94,6 +97,7 @@ def evaluate_models(config: EvalConfig, out: Path, *, resume: bool = False) -> R
             ]
             for label, c in config.attacks.items()
         }
+        parts = split(built, config.subset)
         dataset = build_data(config.data, limit=config.limit)
         for label, count in config.subset.items():
             if count > dataset.n_images:
@@ -116,11 +120,11 @@ def evaluate_models(config: EvalConfig, out: Path, *, resume: bool = False) -> R
                         fit_on=fit_on if label in unfitted else None,
                     ),
                     fit_on=fit_on if label in unfitted else None,
-                    rows=draw_rows(dataset.n_images, config.subset.get(label, dataset.n_images), seed=config.seed),
+                    rows=draw_rows(dataset.n_images, parts.subset.get(label, dataset.n_images), seed=config.seed),
                 )
                 for component, attack, mlm_sha256 in variants
             ]
-            for label, variants in built.items()
+            for label, variants in parts.attacks.items()
         }
         sets = [AdversarialSet(folder, data=dataset.fingerprint()) for folder in config.sets]
         resolved = {key: value for key, value in plain(config).items() if key not in SPEED_KEYS}
@@ -137,6 +141,7 @@ def evaluate_models(config: EvalConfig, out: Path, *, resume: bool = False) -> R
             device=device,
             engine=engine,
             cells=cells,
+            ensembles=Ensembles(parts.ensembles, out / "ranks"),
             sets=sets,
             out=out,
             rows=rows,

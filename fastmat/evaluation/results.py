@@ -7,7 +7,8 @@
     ROW: surrogate, victim      names of the model attacked and of the model judged
          white_box              both have the same weights; where it is missing: both have the same name
          defence                none | finetune | tecoa_itr | fare | mat | ...: how the victim was trained
-         attack                 none (clean) | pgd | bert_attack | sep | sga | ...
+         attack                 none (clean) | pgd | bert_attack | sep | sga | ...; of an ensemble LABEL.RUN, and LABEL:
+                                each query's worst rank over its runs and the other attacks with the same budgets
          threat                 {"eps": radius in [0, 1] pixel units, "norm": "linf" | "l2", "max_words"}
          dataset, split, seed
          n_images, n_captions   queries: the images and captions that were attacked

@@ -97,6 +97,21 @@ def evaluate_subset(
 
     clean: the victim's whole clean gallery. All rates are those of the attacked queries.
     """
+    ranks, measured = attacked_subset_ranks(victim, attacked, clean=clean, rows=rows)
+    return row_of(
+        ranks,
+        subset_ranks(clean, rows),
+        setting=setting,
+        resamples=resamples,
+        measured=measured,
+        gallery_images=len(clean.image_features),
+    )
+
+
+def attacked_subset_ranks(
+    victim: VisionLanguageModel, attacked: Iterable[Attacked], *, clean: Gallery, rows: Sequence[int]
+) -> tuple[Ranks, Measured]:
+    """The ranks behind such a row, and what passed by. Raises UserError unless `rows` are what was attacked."""
     measured = Measured()
     part = encode_gallery(victim, measured.watch(attacked))
     chosen = torch.tensor(rows, device=clean.image_features.device)
@@ -111,11 +126,4 @@ def evaluate_subset(
         image_features=clean.image_features.index_copy(0, chosen, part.image_features),
         text_features=clean.text_features.index_copy(0, captions, part.text_features),
     )
-    return row_of(
-        subset_ranks(after, rows),
-        subset_ranks(clean, rows),
-        setting=setting,
-        resamples=resamples,
-        measured=measured,
-        gallery_images=len(clean.image_features),
-    )
+    return subset_ranks(after, rows), measured

@@ -1,7 +1,13 @@
 """Attack a model and write the adversarial set: images, captions and a manifest. Resumable.
 
-fastmat attack --config clip-vit-b16-flickr30k-attack --out runs/sga
-fastmat attack --config configs/clip-vit-b16-flickr30k-attack.yaml --out runs/sga4 threat.eps=4/255
+    fastmat attack --config clip-vit-b16-flickr30k-attack --out runs/sga
+    fastmat attack --config clip-vit-b16-flickr30k-attack --out runs/sga4 threat.eps=4/255
+    fastmat attack --config clip-vit-b16-flickr30k-attack --out runs/universal attack=universal \\
+      'fit_data={name: json, title: f30k, split: train, annotations: train.json, images: images}'
+
+Several processes (accelerate launch, torchrun) attack together. An attack that is fitted before it
+attacks (universal) learns from fit_data and keeps what it learnt as DIR/fitted.safetensors, which
+`attack={name: universal, perturbation: FILE}` takes.
 """
 
 from __future__ import annotations

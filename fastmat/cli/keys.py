@@ -11,11 +11,13 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from pydantic_core import PydanticUndefined
 
 from fastmat import quirks
-from fastmat.build import OBJECTIVES, SEAMS, TEXT_SEARCHES, Component, locate, parameters_of
+from fastmat.build import CANDIDATES, OBJECTIVES, SEAMS, TEXT_SEARCHES, Component, locate, parameters_of
 from fastmat.cli.config import Fields, OneOf, Section
 from fastmat.defences.mat import TextSearch
+from fastmat.text.candidates import CandidateSource
 
 WIDTH = 100
+GIVEN = {TextSearch: "word_substitution", CandidateSource: "masked"}  # what `fastmat.build.given_of` makes
 
 
 def describe(schema: type[Section]) -> str:
@@ -46,7 +48,12 @@ def describe(schema: type[Section]) -> str:
             lines += ["  every one of them also takes: weights=FILE, which `fastmat train` wrote"]
     if any(registry.title in ("attacks", "defences") for registry in registries):
         lines += ["", "quirks:", *quirk_help()]
-        for title, parts in (("objectives", OBJECTIVES), ("text searches", TEXT_SEARCHES)):
+        parts_by_title = {
+            "objectives": OBJECTIVES,
+            "text searches": TEXT_SEARCHES,
+            "candidate sources": CANDIDATES,
+        }
+        for title, parts in parts_by_title.items():
             lines += ["", f"{title}:"]
             for name, factory in parts.items():
                 lines += component_help(name, factory)
@@ -102,8 +109,8 @@ def arguments_of(factory: str, *, prefix: str, run_seed: bool = False) -> list[s
     lines = []
     for name, (annotation, default) in parameters_of(locate(factory)).items():
         text = default_text(default)
-        if annotation is TextSearch:
-            text = " = word_substitution"  # `fastmat.build.given_of` makes it
+        if annotation in GIVEN and default is inspect.Parameter.empty:
+            text = f" = {GIVEN[annotation]}"
         if run_seed and name == "seed":
             text = " = the run's seed"
         lines.append(f"{prefix}{name}: {type_name(annotation)}{text}")
@@ -161,7 +168,7 @@ def default_text(default: Any) -> str:
 
 
 def fraction_text(value: Any) -> str:
-    """Radii and steps below one half as the multiples of 1/255 they are."""
-    if isinstance(value, float) and 0 < value < 0.5 and abs(value * 255 - round(value * 255)) < 1e-9:
+    """Radii and steps up to 32/255 as the multiples of 1/255 they are; 0.2 and 0.4 are others by chance."""
+    if isinstance(value, float) and 0 < value < 0.13 and abs(value * 255 - round(value * 255)) < 1e-9:
         return f"{round(value * 255)}/255"
     return str(value)

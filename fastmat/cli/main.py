@@ -25,7 +25,7 @@ COMMANDS = {
     "eval": "rank images and captions, clean and attacked; write results.json and report.html",
     "export": "write an adversarial set as 8-bit PNG files within its budget, captions as JSON",
     "report": "draw report.html again from a results folder",
-    "bench": "measure the operators beside what others do; rows, plots, targets",
+    "bench": "measure operators and attacks beside what others do; rows, plots, targets",
     "env": "show versions and devices",
 }
 

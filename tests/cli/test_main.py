@@ -57,9 +57,20 @@ def test_help_fits_100_columns_and_explains_quirks_and_budgets(
 
 def test_attack_help_explains_each_attack(fastmat: Fastmat) -> None:
     _, out, _ = fastmat("attack", "--help")
-    for name in (*build.ATTACKS, *build.MODELS, *build.DATASETS, *build.OBJECTIVES, *build.TEXT_SEARCHES):
+    for name in (
+        *build.ATTACKS,
+        *build.MODELS,
+        *build.DATASETS,
+        *build.OBJECTIVES,
+        *build.TEXT_SEARCHES,
+        *build.CANDIDATES,
+    ):
         assert f"\n  {name}\n" in out
     assert "antialias: bool = True" in out
+    assert "candidates: one of masked, " in out and " (required)" not in next(
+        line for line in out.splitlines() if "    candidates: one of" in line
+    )
+    assert "/255" not in next(line for line in out.splitlines() if line.startswith("    share: float"))
     assert "mlm: " in out
     assert "threat: ThreatModel" not in out
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from fastmat.benchmarks.attacks.setting import Setting
 from fastmat.benchmarks.attacks.words import Trace
 from fastmat.build import Component, build_attack
 from fastmat.models.dual_encoder import DualEncoder
-from fastmat.types import Batch, ThreatModel
+from fastmat.types import AttackContext, Batch, ThreatModel
 
 Dtype = Literal["float32", "bfloat16"]
 Half = Literal["both", "text", "image"]
@@ -40,6 +40,7 @@ class Job:
 
     published, tuned: make the opponents' runners for a threat model. objective: [B] values that the image part ascends,
     in fp32, given final images and the texts it was guided by. halves: what it can be cut into.
+    others: captions of the attack's context beside those of the batch.
     """
 
     name: str
@@ -50,11 +51,23 @@ class Job:
     tuned: Callable[[ThreatModel, DualEncoder], Runner]
     objective: Callable[[Tensor, Sequence[str]], Tensor]
     halves: tuple[Half, ...] = ("both", "text", "image")
+    others: Sequence[str] = ()
 
     def threat_of(self, half: Half) -> ThreatModel:
         """A radius of 0 leaves the text part alone, 0 words the image part."""
         return ThreatModel(
             eps=0.0 if half == "text" else self.threat.eps, max_words=0 if half == "image" else self.threat.max_words
+        )
+
+    def context(self, model: DualEncoder) -> AttackContext:
+        own = context_of(model, self.batch)
+        if not self.others:
+            return own
+        groups = torch.arange(len(self.others), device=own.text_group.device) + own.text_group.max() + 1
+        return replace(
+            own,
+            text_features=torch.cat((own.text_features, features(model, self.others))),
+            text_group=torch.cat((own.text_group, groups)),
         )
 
     def runner(self, setting: Setting, who: Opponent, dtype: Dtype, half: Half) -> Runner:
@@ -66,8 +79,7 @@ class Job:
             return self.tuned(threat, model)
         # The seed is not used: draws are always handed in.
         attack = build_attack(self.component, threat=threat, mlm=lambda: setting.mlm, seed=0)
-        attack.fit(model, [self.batch])
-        context = context_of(model, self.batch)
+        context = self.context(model)
 
         def run(draws: Draws) -> Outcome:
             made = attack(model, self.batch, context, draws=draws)
@@ -78,4 +90,5 @@ class Job:
 
 @torch.no_grad()
 def features(model: DualEncoder, texts: Sequence[str]) -> Tensor:
-    return model.encode_text(model.tokenize(texts).to(model.logit_scale.device)).features
+    chunks = [model.tokenize(texts[n : n + 256]).to(model.logit_scale.device) for n in range(0, len(texts), 256)]
+    return torch.cat([model.encode_text(tokens).features for tokens in chunks])

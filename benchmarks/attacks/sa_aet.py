@@ -33,7 +33,7 @@ CHANCES = torch.tensor([len(triples) / (100 - triples[0][0]) for triples in TRIP
 
 def job(setting: Setting) -> Job:
     batch, tokenizer = setting.batch.rows(0, IMAGES), setting.tokenizer
-    every = batch.texts  # what an attack's own context holds
+    every = (*batch.texts, *setting.batch.texts[len(batch.texts) :], *setting.others)
     drawn = SeededDraws(0).uniform("corpus", torch.arange(len(every)), ()).argsort(stable=True)
     corpus = [every[int(t)] for t in drawn[: max(2, int(SHARE * len(every)))]]
 
@@ -60,6 +60,7 @@ def job(setting: Setting) -> Job:
         published=published,
         tuned=tuned,
         objective=objective,
+        others=every[len(batch.texts) :],
     )
 
 

@@ -45,8 +45,9 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """batch: all images with up to 5 captions each, on the device. model, lowered: in fp32 and in bf16, frozen.
+    """batch: all images with up to 5 captions each, on the device. others: captions of the rest of the data.
 
+    model, lowered: in fp32 and in bf16, frozen.
     unfrozen, unfrozen_bert: as the originals hold them, in eval mode with every weight asking for a gradient.
     model_folder, mlm_folder: the same as files. names: what stands in a row.
     """
@@ -58,6 +59,7 @@ class Setting:
     unfrozen_bert: BertForMaskedLM
     tokenizer: BertTokenizerFast
     batch: Batch
+    others: tuple[str, ...]
     model_folder: Path
     mlm_folder: Path
     names: Mapping[str, int | float | str | bool]
@@ -90,7 +92,8 @@ def lower(model: DualEncoder) -> DualEncoder:
 
 def prepare(choice: Choice, folder: Path, device: torch.device) -> Setting:
     """Everything in place; `folder` receives what was made here. Raises UserError for what cannot be loaded."""
-    dataset = _data(choice)
+    whole = _data(choice)
+    dataset = whole.take(choice.images)
     model_folder = _model_folder(choice, folder / "model")
     mlm_folder = Path(choice.mlm) if choice.mlm else _small_mlm(dataset, folder / "mlm", short=choice.short)
     model = load_open_clip(str(model_folder)).to(device).eval().requires_grad_(False)
@@ -104,6 +107,7 @@ def prepare(choice: Choice, folder: Path, device: torch.device) -> Setting:
         unfrozen_bert=deepcopy(mlm.model).requires_grad_(True),
         tokenizer=BertTokenizerFast.from_pretrained(str(mlm_folder)),
         batch=batch.to(device),
+        others=tuple(caption for captions in whole.captions[choice.images :] for caption in captions[:CAPTIONS]),
         model_folder=model_folder,
         mlm_folder=mlm_folder,
         names={
@@ -137,9 +141,9 @@ def first_captions(batch: Batch) -> Batch:
 
 def _data(choice: Choice) -> RetrievalSet:
     if choice.data is None:
-        return digits_set("test").take(choice.images)
+        return digits_set("test")
     file = Path(choice.data)
-    return read_retrieval_set(file, file.parent, name=file.parent.name, split=file.stem).take(choice.images)
+    return read_retrieval_set(file, file.parent, name=file.parent.name, split=file.stem)
 
 
 def _batch(dataset: RetrievalSet, model: DualEncoder) -> Batch:

@@ -263,5 +263,6 @@ class WordSubstitution:
 
 
 def kl_divergence(clean: Tensor, other: Tensor) -> Tensor:
-    """KL(softmax(clean) || softmax(other)) of rows [N, D], as [N]."""
+    """KL(softmax(clean) || softmax(other)) of rows [N, D], as [N] fp64: in fp32 rounding hides differences of 1e-7."""
+    clean, other = clean.double(), other.double()
     return F.kl_div(other.log_softmax(-1), clean.softmax(-1), reduction="none").sum(-1)

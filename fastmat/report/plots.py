@@ -18,6 +18,7 @@ from fastmat.report.tables import grouped
 
 COLOURS = ("#8f9bab", "#d9913d", "#5a9e80", "#3d6ea8", "#a8587a", "#7d6bb0", "#5c5c5c")
 PIXELS_PER_INCH = 106  # 9.6 inches fill the page
+CROWDED = 8  # more labels than that would touch each other
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "fastmat",  # ids of markers and clips depend on their content alone
@@ -71,6 +72,10 @@ def attacks_plot(rows: Sequence[Row]) -> str:
             xticks=range(len(groups)), xticklabels=labels, ylim=(0, 108), ylabel="TR@1 (%)", yticks=range(0, 101, 20)
         )
         axes.tick_params(length=0)
+        if len(groups) > CROWDED:
+            axes.tick_params(axis="x", labelrotation=35)
+            for label in axes.get_xticklabels():
+                label.set(ha="right", rotation_mode="anchor")
         legend(figure, axes, series)
     return to_svg(figure, "Bar plot: TR@1 clean and under each attack, by defence")
 

@@ -19,7 +19,8 @@ from fastmat.types import AttackContext, Batch, ThreatModel
 
 Dtype = Literal["float32", "bfloat16"]
 Half = Literal["both", "text", "image"]
-Opponent = Literal["fastmat", "published", "tuned"]
+# "fastmat" finds what the language model proposes on the disk, as every run after the first does; "cold" computes it.
+Opponent = Literal["fastmat", "cold", "published", "tuned"]
 
 
 class Outcome(NamedTuple):
@@ -78,7 +79,8 @@ class Job:
         if who == "tuned":
             return self.tuned(threat, model)
         # The seed is not used: draws are always handed in.
-        attack = build_attack(self.component, threat=threat, mlm=lambda: setting.mlm, seed=0)
+        cache = setting.candidates if who == "fastmat" else None
+        attack = build_attack(self.component, threat=threat, mlm=lambda: setting.mlm, seed=0, candidate_cache=cache)
         context = self.context(model)
 
         def run(draws: Draws) -> Outcome:

@@ -20,6 +20,7 @@ from fastmat.models.dual_encoder import DualEncoder
 
 Result = TypeVar("Result")
 PARTS = ("mlm", "text", "image", "other")
+TEXT_METHODS = ("encode_text", "text_prefixes", "continue_text")
 
 
 @dataclass(kw_only=True)
@@ -50,6 +51,8 @@ class Meter:
                 (model.image_projection, "image"),
             ):
                 handles += clock.watch(root, part)
+            for name in TEXT_METHODS:  # what they do between modules counts, too
+                vars(model)[name] = clock.timed(getattr(model, name), "text")
         for bert in berts:
             handles += [*clock.watch(bert, "mlm"), bert.bert.register_forward_hook(self._mlm)]
         backward = torch.autograd.backward, torch.autograd.grad
@@ -61,6 +64,9 @@ class Meter:
             torch.autograd.backward, torch.autograd.grad = backward
             for handle in handles:
                 handle.remove()
+            for model in models:
+                for name in TEXT_METHODS:
+                    del vars(model)[name]
             self.seconds["other"] = clock.now() - begun - sum(self.seconds[part] for part in PARTS[:-1])
 
     def shares(self) -> dict[str, float]:

@@ -57,7 +57,7 @@ def draw(runs: Sequence[AttackRun]) -> Figure:
 
 def ratios(row: AttackRow, run: AttackRun) -> list[tuple[str, float, list[float]]]:
     """(our dtype, speed-up, targets on it) of an opponent; one in fp32 is compared with both of ours where asked."""
-    if row.kind == "fastmat":
+    if row.kind in ("fastmat", "cold"):
         return []
     found = []
     for ours in (other for other in run if other.kind == "fastmat"):

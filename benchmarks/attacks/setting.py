@@ -49,7 +49,8 @@ class Setting:
 
     model, lowered: in fp32 and in bf16, frozen.
     unfrozen, unfrozen_bert: as the originals hold them, in eval mode with every weight asking for a gradient.
-    model_folder, mlm_folder: the same as files. names: what stands in a row.
+    model_folder, mlm_folder: the same as files. candidates: folder of what the language model proposes.
+    names: what stands in a row.
     """
 
     model: DualEncoder
@@ -62,6 +63,7 @@ class Setting:
     others: tuple[str, ...]
     model_folder: Path
     mlm_folder: Path
+    candidates: Path
     names: Mapping[str, int | float | str | bool]
 
     @property
@@ -110,6 +112,7 @@ def prepare(choice: Choice, folder: Path, device: torch.device) -> Setting:
         others=tuple(caption for captions in whole.captions[choice.images :] for caption in captions[:CAPTIONS]),
         model_folder=model_folder,
         mlm_folder=mlm_folder,
+        candidates=folder / "candidates",
         names={
             "model": Path(choice.model).name if choice.model else "built-in",
             "mlm": Path(choice.mlm).name if choice.mlm else "built-in",

@@ -27,9 +27,11 @@ from fastmat.benchmarks.suite import HERE, LIBRARIES, commit_of, machine_of, ver
 
 WHO: tuple[tuple[Opponent, Dtype], ...] = (
     ("fastmat", "float32"),
+    ("cold", "float32"),
     ("published", "float32"),
     ("tuned", "float32"),
     ("fastmat", "bfloat16"),
+    ("cold", "bfloat16"),
     ("tuned", "bfloat16"),
 )
 SEED = 0
@@ -72,9 +74,17 @@ def measure(
 
     Raises QualityError when an implementation attacks differently; nothing is timed then.
     """
-    own = {"fastmat": SeededDraws(SEED), "published": HostDraws(SEED), "tuned": DeviceDraws(setting.device, SEED)}
+    own: dict[Opponent, Draws] = {
+        "fastmat": SeededDraws(SEED),
+        "cold": SeededDraws(SEED),
+        "published": HostDraws(SEED),
+        "tuned": DeviceDraws(setting.device, SEED),
+    }
     measured: list[Measured] = []
+    on_words = job.threat_of(half).max_words > 0
     for who, dtype in sorted(WHO, key=lambda pair: pair[0] != "published"):  # the reference first
+        if who == "cold" and not on_words:
+            continue
         runner = job.runner(setting, who, dtype, half)
         outcome, syncs = with_host_syncs(lambda runner=runner: runner(SeededDraws(SEED)), setting.device)
         one = Measured(who=who, dtype=dtype, runner=runner, draws=own[who], outcome=outcome, syncs=syncs)
@@ -160,7 +170,7 @@ def row_of(one: Measured, common: Mapping[str, Any]) -> AttackRow:
         **common,
         **quantiles(one.times),
         dtype=one.dtype,
-        implementation=one.who,
+        implementation="fastmat, cold" if one.who == "cold" else one.who,
         kind=one.who,
         counts=dict(one.meter.counts),
         syncs=one.syncs,

@@ -110,5 +110,5 @@ def compare(
     elif points > max(POINTS, 100 / queries):
         wrong = f"the success rate differs by {points:.1f} points"
     if wrong is not None:
-        raise QualityError(f"{job.name} ({half}), {name} {dtype}: {wrong}; nothing of this attack is reported")
+        raise QualityError(f"{job.name} ({half}), {name} {dtype}: {wrong}; it is not timed")
     return found

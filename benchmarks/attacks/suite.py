@@ -69,10 +69,11 @@ def measure(
     min_rounds: int,
     memory: Memory | None,
     peer: Peer | None = None,
-) -> tuple[list[Measured], list[float]]:
+) -> tuple[list[Measured], list[float], list[QualityError]]:
     """Gate, counts, peaks, then at least `min_rounds` rounds for about `seconds`; also a peer's seconds, by round.
 
-    Raises QualityError when an implementation attacks differently; nothing is timed then.
+    The last list is of those in bf16 that attack differently: they are not timed. Raises QualityError when one in fp32
+    does; nothing is timed then.
     """
     own: dict[Opponent, Draws] = {
         "fastmat": SeededDraws(SEED),
@@ -81,6 +82,7 @@ def measure(
         "tuned": DeviceDraws(setting.device, SEED),
     }
     measured: list[Measured] = []
+    refused: list[QualityError] = []
     on_words = job.threat_of(half).max_words > 0
     for who, dtype in sorted(WHO, key=lambda pair: pair[0] != "published"):  # the reference first
         if who == "cold" and not on_words:
@@ -89,8 +91,14 @@ def measure(
         outcome, syncs = with_host_syncs(lambda runner=runner: runner(SeededDraws(SEED)), setting.device)
         one = Measured(who=who, dtype=dtype, runner=runner, draws=own[who], outcome=outcome, syncs=syncs)
         published = measured[0].outcome if measured else outcome
-        one.quality = compare(setting, job, half, dtype, who, outcome, published)
-        measured.append(one)
+        try:
+            one.quality = compare(setting, job, half, dtype, who, outcome, published)
+        except QualityError as error:
+            if dtype == "float32":
+                raise
+            refused.append(error)
+        else:
+            measured.append(one)
     if (trace := measured[0].outcome.trace) is not None:
         tried, options = sum(trace.tried), sum(trace.options)
         measured[0].quality |= {"words": float(np.mean(trace.words)), "words_tried": tried / len(trace.tried)}
@@ -109,7 +117,7 @@ def measure(
         if peer is not None:
             theirs.append(peer.round())
         rounds += 1
-    return measured, theirs
+    return measured, theirs, refused
 
 
 def count(setting: Setting, one: Measured) -> None:
@@ -145,7 +153,7 @@ def run_attacks(
                 tell(f"{job.name} ({half})")
                 guest = peer if peer is not None and peer.attacks == job.name and half == "both" else None
                 try:
-                    measured, theirs = measure(
+                    measured, theirs, refused = measure(
                         setting,
                         job,
                         half,
@@ -163,6 +171,7 @@ def run_attacks(
                 if guest is not None:
                     rows.append(row_of_peer(guest, theirs, common))
                 append_rows(rows_file, rows)
+                yield from refused
 
 
 def row_of(one: Measured, common: Mapping[str, Any]) -> AttackRow:

@@ -68,6 +68,8 @@ class SGA(Attack):
         self, model: VisionLanguageModel, batch: Batch, context: AttackContext, draws: Draws
     ) -> tuple[Tensor, tuple[str, ...]]:
         plan = self.words.plan(model, batch.texts)
+        if not self.threat.max_words:
+            return self.attack_images(model, batch, context, draws, plan), batch.texts
         with torch.no_grad():
             clean = model.encode_image(batch.images).features
         first = self.words.search(model, plan, clean[batch.txt2img])

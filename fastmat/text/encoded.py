@@ -1,7 +1,7 @@
 """Texts as a victim sees them: each distinct row of token ids is encoded once, without padding.
 
 Rows of one length stand together. Where the text tower is causal, a variant of a caption is encoded from the first
-position on at which it differs; what stands before comes from the caption.
+position on at which it differs; what stands before comes from the caption, and is kept for the next search.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,14 @@ def represent(state: TextState, what: Representation) -> Tensor:
     return state.tokens[:, 0] if what == "cls" else state.tokens.flatten(1)
 
 
+class Base(NamedTuple):
+    """A caption, its row among prefixes, and texts that begin like it."""
+
+    row: int
+    text: Ids
+    variants: Sequence[Ids]
+
+
 class EncodedTexts:
     """A growing table of representations. Texts of equal ids share a row, so their scores tie exactly.
 
@@ -50,7 +58,10 @@ class EncodedTexts:
         self.device = model.logit_scale.device
         tokens = tokens or (2048 if self.device.type == "cpu" else 1 << 16)  # on a CPU: what its cache holds
         self._forward = Chunks(tokens, item="text", advice="no smaller batch is left; take a smaller model or device")
-        self._prefixes = Chunks(max(tokens, 8192), item="caption", advice="no smaller batch is left")
+        self._room = max(tokens, 8192)  # positions whose keys and values may be kept
+        self._captions = Chunks(self._room, item="caption", advice="no smaller batch is left")
+        self._prefixes: list[TextPrefixes] = []
+        self._begun: dict[Ids, tuple[int, int]] = {}  # number of its prefixes, and row in them
         self._row: dict[Ids, int] = {}
         self._table: dict[Representation, Tensor] = {}
 
@@ -94,36 +105,49 @@ class EncodedTexts:
         for text, base in texts.items():
             if text not in variants:
                 variants[base].append(text)
-        bases = sorted(variants, key=len)
+        of_prefixes: dict[int, list[Base]] = {}
+        for base in variants:
+            if base in self._begun:
+                number, row = self._begun[base]
+                of_prefixes.setdefault(number, []).append(Base(row, base, variants[base]))
+        for number, of in of_prefixes.items():
+            self._add(*self._continued(model, self._prefixes[number], of))
+        bases = sorted((base for base in variants if base not in self._begun), key=len)
 
         def work(start: int, stop: int) -> tuple[list[Ids], list[Parts]] | None:
             own = bases[start:stop]
-            tokens = token_batch(own, pad_id=model.tokenizer.pad_id).to(self.device)
-            prefixes = model.text_prefixes(tokens)
+            prefixes = model.text_prefixes(token_batch(own, pad_id=model.tokenizer.pad_id).to(self.device))
             if prefixes is None:
                 return None
             # A caption's own row may be known, and stays as it is.
             whole = self._kept(prefixes.state)
             known = torch.tensor([base not in self._row for base in own], device=self.device)
-            order, rows = self._continued(model, prefixes, [variants[base] for base in own], own)
+            order, rows = self._continued(
+                model, prefixes, [Base(n, base, variants[base]) for n, base in enumerate(own)]
+            )
             fresh = [base for base in own if base not in self._row]
+            positions = len(own) * len(own[-1])
+            if positions <= self._room:  # the next search begins with the same captions
+                self._room -= positions
+                self._begun |= {base: (len(self._prefixes), n) for n, base in enumerate(own)}
+                self._prefixes.append(prefixes)
             return [*fresh, *order], [{part: of[known] for part, of in whole.items()}, *rows]
 
-        for found in self._prefixes.run(
+        for found in self._captions.run(
             len(bases), work, cost=lambda start, stop: (stop - start) * len(bases[stop - 1])
         ):
             if found is not None:
                 self._add(*found)
 
     def _continued(
-        self, model: PrefixModel, prefixes: TextPrefixes, variants: Sequence[Sequence[Ids]], bases: Sequence[Ids]
+        self, model: PrefixModel, prefixes: TextPrefixes, bases: Sequence[Base]
     ) -> tuple[list[Ids], list[Parts]]:
         """The variants of each base in the order in which they were encoded, and their rows."""
         todo = []
-        for owner, (base, of) in enumerate(zip(bases, variants, strict=True)):
-            for text in of:
+        for row, base, variants in bases:
+            for text in variants:
                 start = min(shared(text, base), len(text) - 1)
-                todo.append((len(text) - start, start, owner, text))
+                todo.append((len(text) - start, start, row, text))
         todo.sort(key=itemgetter(0, 1))
         rows: list[Parts] = []
         for length, group in groupby(todo, key=itemgetter(0)):
@@ -131,7 +155,7 @@ class EncodedTexts:
 
             def work(first: int, stop: int, same: list[tuple[int, int, int, Ids]] = same) -> Parts:
                 chunk = same[first:stop]
-                owner = torch.tensor([owner for _, _, owner, _ in chunk], device=self.device)
+                owner = torch.tensor([row for _, _, row, _ in chunk], device=self.device)
                 start = torch.tensor([start for _, start, _, _ in chunk], device=self.device)
                 ids = torch.tensor([text[start:] for _, start, _, text in chunk], device=self.device)
                 return self._kept(model.continue_text(prefixes, owner, start, ids))

@@ -22,10 +22,15 @@ class Counting(DualEncoder):
 
     shapes: list[tuple[int, int]]
     continued: list[tuple[int, int]]
+    begun: list[int]
 
     def encode_text(self, tokens: TextTokens) -> TextState:
         self.shapes.append(tuple(tokens.ids.shape))
         return super().encode_text(tokens)
+
+    def text_prefixes(self, tokens: TextTokens) -> TextPrefixes | None:
+        self.begun.append(len(tokens.ids))
+        return super().text_prefixes(tokens)
 
     def continue_text(
         self, prefixes: TextPrefixes, owner: torch.Tensor, start: torch.Tensor, ids: torch.Tensor
@@ -36,7 +41,7 @@ class Counting(DualEncoder):
 
 def counting(model: DualEncoder) -> Counting:
     model.eval().requires_grad_(False).__class__ = Counting
-    model.shapes, model.continued = [], []
+    model.shapes, model.continued, model.begun = [], [], []
     return model
 
 
@@ -143,6 +148,20 @@ def test_a_base_that_is_asked_for_is_encoded_once(causal: DualEncoder) -> None:
     again = encoded(spelt(model, texts[:3]))["features"]
     assert torch.equal(again, rows[:3])
     assert torch.equal(encoded(spelt(model, texts), base=spelt(model, texts))["features"], rows)
+
+
+@pytest.mark.parametrize("room", [None, 0, 12])
+def test_a_beginning_is_kept_for_the_next_search(causal: DualEncoder, room: int | None) -> None:
+    model = counting(causal)
+    texts, bases = variants(["a red dog runs in the snow", "two cats", "a red dog runs"])
+    encoded = encoder(model, "features", tokens=10)
+    if room is not None:
+        encoded._room = room
+    first, second = slice(0, None, 2), slice(1, None, 2)
+    rows = [encoded(spelt(model, texts[of]), base=spelt(model, bases[of]))["features"] for of in (first, second)]
+    assert (sum(model.begun) == 3) == (room is None)
+    for of, found in zip((first, second), rows, strict=True):
+        torch.testing.assert_close(found, one_by_one(model, texts[of], "features"), atol=1e-5, rtol=1e-5)
 
 
 def test_a_tower_that_sees_ahead_is_not_continued() -> None:

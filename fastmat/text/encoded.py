@@ -101,6 +101,8 @@ class EncodedTexts:
 
     def _encode_variants(self, model: PrefixModel, texts: Mapping[Ids, Ids]) -> None:
         """Variants of captions, from where they differ; nothing where the tower is not causal."""
+        # Where an end token stands inside a text, the tower pools there and not at the last position.
+        texts = {text: base for text, base in texts.items() if text[-1] not in text[:-1] and base[-1] not in base[:-1]}
         variants: dict[Ids, list[Ids]] = {base: [] for base in texts.values()}
         for text, base in texts.items():
             if text not in variants:

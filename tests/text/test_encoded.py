@@ -104,12 +104,6 @@ def variants(texts: Sequence[str]) -> tuple[list[str], list[str]]:
     return [variant for variant, _ in found], [base for _, base in found]
 
 
-CAUSAL = {
-    "open_clip": lambda: load_open_clip("RN50-quickgelu"),
-    "hf_clip": random_hf_clip,
-}
-
-
 @pytest.fixture(scope="module", params=["hf_clip", "open_clip"])
 def causal(request: pytest.FixtureRequest) -> DualEncoder:
     """open_clip: the text tower of a library model, cut to three layers."""
@@ -135,6 +129,18 @@ def test_variants_of_a_caption_are_encoded_from_where_they_differ(causal: DualEn
     for what in ("features", "embeds"):
         expected = one_by_one(model, texts, what)
         torch.testing.assert_close(found[what], expected, atol=2e-6 * float(expected.abs().max()) * 10, rtol=1e-5)
+
+
+def test_an_end_inside_a_caption_is_where_the_tower_pools() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = counting(load_open_clip("RN50-quickgelu"))
+    model.text_tower.text.transformer.resblocks = model.text_tower.text.transformer.resblocks[:2]
+    texts, bases = variants(["a red <end_of_text> dog runs", "two cats"])
+    found = encoder(model, "embeds")(spelt(model, texts), base=spelt(model, bases))["embeds"]
+    assert model.continued and model.shapes
+    expected = one_by_one(model, texts, "embeds")
+    torch.testing.assert_close(found, expected, atol=2e-5 * float(expected.abs().max()), rtol=1e-5)
 
 
 def test_a_base_that_is_asked_for_is_encoded_once(causal: DualEncoder) -> None:

@@ -104,12 +104,10 @@ def run_comparison(arguments: argparse.Namespace) -> None:
     mlm = build_mlm(str(arguments.mlm))
     search = WordSubstitution(candidates=MaskedCandidates(mlm=mlm), quirks=told["quirks"])
     found: list[str] = []
-    spliced = 0
     start = time.process_time()
     for first in range(0, len(texts), BATCH):
         plan = search.plan(model, texts[first : first + BATCH])
         found += search.search(model, plan, guide[first : first + BATCH])
-        spliced += len(plan.encoded) - plan.speller.retokenised
     seconds = time.process_time() - start
     unclear = [n for n, (_, _, margin, lead) in enumerate(expected) if margin <= CLEAR or lead <= CLEAR_LEAD]
     differing = [n for n, (_, adversarial, *_) in enumerate(expected) if adversarial != found[n]]

@@ -91,7 +91,9 @@ class DualEncoder(nn.Module):
         return TextState(tokens.ids, tokens.mask, sequence, embeds, F.normalize(embeds, dim=-1))
 
     def text_prefixes(self, tokens: TextTokens) -> TextPrefixes | None:
-        tower = self._causal_tower()
+        # Sharded parameters are whole only inside the forward of the module they belong to.
+        whole = all(type(p) is nn.Parameter and not hasattr(p, "ds_id") for p in self.text_tower.parameters())
+        tower = self._causal_tower() if whole else None
         if tower is None:
             return None
         pooled, keys, values = tower.prefixes(tokens.ids, tokens.mask.sum(1))
@@ -104,10 +106,8 @@ class DualEncoder(nn.Module):
         return self._text_state(TextTokens(ids, torch.ones_like(ids, dtype=torch.bool)), pooled)
 
     def _causal_tower(self) -> CausalTower | None:
-        """Nothing where parameters are sharded: they are whole only inside the forward of the module they belong to."""
         causal = getattr(self.text_tower, "causal", None)
-        whole = all(type(p) is nn.Parameter and not hasattr(p, "ds_id") for p in self.text_tower.parameters())
-        return causal() if causal is not None and whole else None
+        return None if causal is None else causal()
 
     def _text_state(self, tokens: TextTokens, pooled: Tensor) -> TextState:
         embeds = self.text_projection(pooled).float()

@@ -34,7 +34,7 @@ NARROW = {
 }
 # These see models through the protocol and through files of weights, never a concrete class.
 WITHOUT_CONCRETE_MODELS = ("attacks", "defences", "training", "evaluation")
-ABSTRACT_MODELS = {"models.protocol", "models.weights"}
+ABSTRACT_MODELS = {"models.protocol", "models.sharding", "models.weights"}
 TOPS = ("fastmat", "kernels", "configs", "benchmarks")
 FILES = sorted(file for top in TOPS for file in ROOT.glob(f"{top}/**/*.py"))
 

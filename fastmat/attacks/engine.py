@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from fastmat.attacks.folding import folded
 from fastmat.errors import UserError
 from fastmat.models.protocol import ImageState, TextPrefixes, VisionLanguageModel
 
@@ -28,6 +29,8 @@ class Engine:
     compile: torch.compile of the image encoder, once per model; sums are taken in another order.
     cuda_graph: steps of a search are captured once per batch and replayed, which pays where the GPU waits for Python:
         small batches. The same arithmetic. CUDA only.
+    fold: batch norms are folded into the convolutions before them: the same map, rounded elsewhere (`folding`). A
+        compiler fuses them itself: nothing is folded under `compile`.
     micro_batch: most images at once, None: the batch. Halved where memory runs out. The context is that of the whole
         batch, so that nothing depends on it.
     Raises UserError for another precision or a micro_batch below 1.
@@ -36,6 +39,7 @@ class Engine:
     precision: Precision = "fp32"
     compile: bool = False
     cuda_graph: bool = False
+    fold: bool = True
     micro_batch: int | None = None
 
     def __post_init__(self) -> None:
@@ -72,7 +76,8 @@ def executing(engine: Engine, model: VisionLanguageModel) -> Iterator[None]:
     try:
         if engine.precision != "fp32" or engine.compile:
             vars(model).update({name: _executed(model, getattr(model, name), device.type) for name in names})
-        yield
+        with folded(model) if engine.fold and not engine.compile else nullcontext():
+            yield
     finally:
         _active.reset(token)
         for name in names:

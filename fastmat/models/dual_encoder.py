@@ -21,6 +21,7 @@ from fastmat.models.protocol import (
     Tokenizer,
     token_batch,
 )
+from fastmat.models.sharding import whole
 from fastmat.types import ImageTransform
 
 
@@ -91,9 +92,7 @@ class DualEncoder(nn.Module):
         return TextState(tokens.ids, tokens.mask, sequence, embeds, F.normalize(embeds, dim=-1))
 
     def text_prefixes(self, tokens: TextTokens) -> TextPrefixes | None:
-        # Sharded parameters are whole only inside the forward of the module they belong to.
-        whole = all(type(p) is nn.Parameter and not hasattr(p, "ds_id") for p in self.text_tower.parameters())
-        tower = self._causal_tower() if whole else None
+        tower = self._causal_tower() if whole(self.text_tower) else None
         if tower is None:
             return None
         pooled, keys, values = tower.prefixes(tokens.ids, tokens.mask.sum(1))

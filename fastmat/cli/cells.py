@@ -1,4 +1,4 @@
-"""The cells of an evaluation: one attack on one surrogate at one radius, made once and judged on every victim."""
+"""The cells of an evaluation, made and judged: each set once, by every victim."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 
-from fastmat.attacks.base import Attack
 from fastmat.attacks.engine import Engine
 from fastmat.build import Component, build_model
 from fastmat.cli.config import EvalConfig, Victim
 from fastmat.cli.encoded import Encoded
 from fastmat.cli.ensembles import Ensembles, Judged, measured_of, warn_of_gradients, warn_of_square
-from fastmat.cli.fitting import FitSet
 from fastmat.cli.load import plain
 from fastmat.cli.making import make_set, plan_set
+from fastmat.cli.planning import Cell
 from fastmat.cli.rows import Rows
 from fastmat.cli.showcase import Showcase
 from fastmat.cli.together import Processes
@@ -32,20 +31,6 @@ from fastmat.evaluation.results import Row, Setting, Threat, read_json
 from fastmat.evaluation.subset import attacked_subset_ranks
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.types import Batch
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """An attack, what its outcome depends on besides surrogate and data, and the images it attacks.
-
-    fit_on: what it learns from before, for each surrogate anew.
-    """
-
-    label: str
-    attack: Attack
-    inputs: Mapping[str, Any]
-    rows: tuple[int, ...]
-    fit_on: FitSet | None = None
 
 
 @dataclass(kw_only=True)

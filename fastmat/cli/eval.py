@@ -19,8 +19,8 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from fastmat.build import build_data, build_threat, check_weights, resolve_device
-from fastmat.cli.cells import Cell, Cells
+from fastmat.build import check_weights, resolve_device
+from fastmat.cli.cells import Cells
 from fastmat.cli.common import (
     Interrupted,
     MlmLoader,
@@ -31,21 +31,18 @@ from fastmat.cli.common import (
     tell_candidates,
 )
 from fastmat.cli.config import EvalConfig
-from fastmat.cli.ensembles import Ensembles, split
-from fastmat.cli.fitting import fit_set
+from fastmat.cli.ensembles import Ensembles
 from fastmat.cli.keys import describe
 from fastmat.cli.load import load_config, plain
-from fastmat.cli.making import attack_with_hash, inputs_of
 from fastmat.cli.parser import Parser
+from fastmat.cli.planning import plan_cells
 from fastmat.cli.processes import is_first_process
 from fastmat.cli.rows import Rows
 from fastmat.cli.showcase import Showcase
 from fastmat.cli.table import table
 from fastmat.cli.together import stoppable, together
-from fastmat.errors import UserError
 from fastmat.evaluation.adversarial_set import AdversarialSet
 from fastmat.evaluation.results import Results, environment
-from fastmat.evaluation.subset import draw_rows
 from fastmat.report.html import write_report
 
 SPEED_KEYS = ("batch_size", "workers", "image_cache", "candidate_cache", "keep_sets")
@@ -72,65 +69,23 @@ def run(arguments: argparse.Namespace) -> None:
 
 def evaluate_models(config: EvalConfig, out: Path, *, resume: bool = False) -> Results:
     """Every row that `config` asks for, in `out/results.json`, and the report."""
-    threat = build_threat(config.threat)
     device = resolve_device(config.device)
     engine = build_engine(config.engine, device)
     for label, victim in config.victims.items():
         check_weights(victim.model, where=f"victims.{label}.model")
     for label, model in config.surrogates.items():
         check_weights(model, where=f"surrogates.{label}")
-    more = [build_threat({**config.threat, "eps": eps}, where="eps") for eps in config.eps]
-    radii = [threat, *(other for other in more if other != threat)]
     cache = open_candidates(config.candidate_cache)
     with together() as processes, stoppable() as stop_asked:
         device = processes.device(device)
         mlm = MlmLoader(config.mlm, device)
-        built = {
-            label: [
-                (
-                    c,
-                    *attack_with_hash(
-                        c, threat=t, mlm=mlm, seed=config.seed, candidate_cache=cache, where=f"attacks.{label}"
-                    ),
-                )
-                for t in radii
-            ]
-            for label, c in config.attacks.items()
-        }
-        parts = split(built, config.subset)
-        dataset = build_data(config.data, limit=config.limit)
-        for label, count in config.subset.items():
-            if count > dataset.n_images:
-                told = f"{dataset.name}/{dataset.split} has {dataset.n_images} images, cannot take {count}"
-                raise UserError(f"subset.{label}: {told}")
-        unfitted = [label for label, ((_, attack, _), *_) in built.items() if attack.needs_fit]
-        fit_on = fit_set(config, dataset, needed_by=f"attacks.{unfitted[0]}" if unfitted else None)
-        cells = {
-            label: [
-                Cell(
-                    label=label,
-                    attack=attack,
-                    inputs=inputs_of(
-                        component,
-                        attack,
-                        engine=engine,
-                        mlm_sha256=mlm_sha256,
-                        seed=config.seed,
-                        batch_size=config.batch_size,
-                        fit_on=fit_on if label in unfitted else None,
-                    ),
-                    fit_on=fit_on if label in unfitted else None,
-                    rows=draw_rows(dataset.n_images, parts.subset.get(label, dataset.n_images), seed=config.seed),
-                )
-                for component, attack, mlm_sha256 in variants
-            ]
-            for label, variants in parts.attacks.items()
-        }
+        plan = plan_cells(config, mlm=mlm, engine=engine, cache=cache)
+        dataset = plan.dataset
         sets = [AdversarialSet(folder, data=dataset.fingerprint()) for folder in config.sets]
         resolved = {key: value for key, value in plain(config).items() if key not in SPEED_KEYS}
         resolved["mlm_sha256"] = mlm.sha256
         rows = Rows(out, config=resolved, environment=environment(device), resume=resume)
-        shown = [label for label, (cell, *_) in cells.items() if len(cell.rows) == dataset.n_images]
+        shown = [label for label, (cell, *_) in plan.cells.items() if len(cell.rows) == dataset.n_images]
         shown += [stored.manifest.attack for stored in sets]
         showcase = Showcase(
             out, attack=shown[-1] if shown else None, count=config.examples, seed=config.seed, ids=dataset.ids
@@ -140,8 +95,8 @@ def evaluate_models(config: EvalConfig, out: Path, *, resume: bool = False) -> R
             dataset=dataset,
             device=device,
             engine=engine,
-            cells=cells,
-            ensembles=Ensembles(parts.ensembles, out / "ranks"),
+            cells=plan.cells,
+            ensembles=Ensembles(plan.ensembles, out / "ranks"),
             sets=sets,
             out=out,
             rows=rows,

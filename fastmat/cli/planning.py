@@ -1,0 +1,103 @@
+"""What an evaluation will do, before it does anything: each attack at each radius, on which images of which data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastmat.attacks.base import Attack
+from fastmat.attacks.engine import Engine
+from fastmat.build import build_data, build_threat
+from fastmat.cli.common import MlmLoader
+from fastmat.cli.config import EvalConfig
+from fastmat.cli.ensembles import Variant, split
+from fastmat.cli.fitting import FitSet, fit_set
+from fastmat.cli.making import attack_with_hash, inputs_of
+from fastmat.data.retrieval import RetrievalSet
+from fastmat.errors import UserError
+from fastmat.evaluation.subset import draw_rows
+from fastmat.text.candidate_cache import CandidateCache
+from fastmat.types import ThreatModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One attack at one radius, what its outcome depends on besides surrogate and data, and the images it attacks.
+
+    fit_on: what it learns from before, for each surrogate anew.
+    """
+
+    label: str
+    attack: Attack
+    inputs: Mapping[str, Any]
+    rows: tuple[int, ...]
+    fit_on: FitSet | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """dataset: what is judged. cells: label to the same attack at every radius, the main one first; an ensemble's runs
+    stand under labels of their own. ensembles: label to the labels of its runs."""
+
+    dataset: RetrievalSet
+    cells: Mapping[str, Sequence[Cell]]
+    ensembles: Mapping[str, Sequence[str]]
+
+
+def plan_cells(config: EvalConfig, *, mlm: MlmLoader, engine: Engine, cache: CandidateCache | None) -> Plan:
+    """Raises UserError on whatever of `config` cannot be done, where that is known before a model is loaded."""
+    built = {
+        label: [
+            (
+                component,
+                *attack_with_hash(
+                    component,
+                    threat=threat,
+                    mlm=mlm,
+                    seed=config.seed,
+                    candidate_cache=cache,
+                    where=f"attacks.{label}",
+                ),
+            )
+            for threat in radii(config)
+        ]
+        for label, component in config.attacks.items()
+    }
+    parts = split(built, config.subset)
+    dataset = build_data(config.data, limit=config.limit)
+    for label, count in config.subset.items():
+        if count > dataset.n_images:
+            told = f"{dataset.name}/{dataset.split} has {dataset.n_images} images, cannot take {count}"
+            raise UserError(f"subset.{label}: {told}")
+    unfitted = [label for label, ((_, attack, _), *_) in built.items() if attack.needs_fit]
+    fit_on = fit_set(config, dataset, needed_by=f"attacks.{unfitted[0]}" if unfitted else None)
+
+    def cell(label: str, variant: Variant) -> Cell:
+        component, attack, mlm_sha256 = variant
+        learns_from = fit_on if label in unfitted else None
+        inputs = inputs_of(
+            component,
+            attack,
+            engine=engine,
+            mlm_sha256=mlm_sha256,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            fit_on=learns_from,
+        )
+        count = parts.subset.get(label, dataset.n_images)
+        rows = draw_rows(dataset.n_images, count, seed=config.seed)
+        return Cell(label=label, attack=attack, inputs=inputs, rows=rows, fit_on=learns_from)
+
+    return Plan(
+        dataset=dataset,
+        cells={label: [cell(label, variant) for variant in variants] for label, variants in parts.attacks.items()},
+        ensembles=parts.ensembles,
+    )
+
+
+def radii(config: EvalConfig) -> list[ThreatModel]:
+    """The threat model of `threat`, then the others of `eps`."""
+    threat = build_threat(config.threat)
+    more = [build_threat({**config.threat, "eps": eps}, where="eps") for eps in config.eps]
+    return [threat, *(other for other in more if other != threat)]

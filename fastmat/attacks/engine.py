@@ -74,9 +74,9 @@ def executing(engine: Engine, model: VisionLanguageModel) -> Iterator[None]:
     before = {name: vars(model)[name] for name in names if name in vars(model)}
     token = _active.set(engine)
     try:
-        if engine.precision != "fp32" or engine.compile:
-            vars(model).update({name: _executed(model, getattr(model, name), device.type) for name in names})
         with folded(model) if engine.fold and not engine.compile else nullcontext():
+            if engine.precision != "fp32" or engine.compile:
+                vars(model).update({name: _executed(model, getattr(model, name), device.type) for name in names})
             yield
     finally:
         _active.reset(token)

@@ -43,7 +43,8 @@ def folded(model: VisionLanguageModel) -> Iterator[None]:
     """
     assert isinstance(model, nn.Module)
     if model not in _pairs and any(map(_foldable, model.modules())):
-        _pairs[model] = _safe(model, _seen(model))
+        with torch.autocast(model.logit_scale.device.type, enabled=False):  # bf16 would not agree with itself
+            _pairs[model] = _safe(model, _seen(model))
     with _replaced([pair for pair in _pairs.get(model, ()) if _foldable(pair.norm) and whole(pair.convolution)]):
         yield
 

@@ -149,3 +149,18 @@ def test_an_attack_folds_unless_told_not_to(monkeypatch: pytest.MonkeyPatch) -> 
     seen.clear()
     attack(model, batch)
     assert all(seen[-2:])
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_bf16_folds_too(outside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What may be folded is found in fp32, whatever the attack, or the training step around it, runs in."""
+    model = model_with(plain).eval()
+    seen: list[bool] = []
+    tower = model.image_tower.forward
+    monkeypatch.setattr(
+        model.image_tower, "forward", lambda x: (seen.append(is_folded(model.image_tower.bn1)), tower(x))[1]
+    )
+    attack, batch = PGD(threat=ThreatModel(eps=8 / 255), steps=2), random_batch((1, 2, 1))
+    with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+        attack(model, batch, engine=Engine(precision="bf16"))
+    assert all(seen[-2:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 
@@ -29,10 +30,18 @@ def read_image(path: Path, *, where: str = "") -> Image.Image:
 
     Raises UserError naming the file: missing, no picture, truncated, above MAX_PIXELS or MAX_ASPECT.
     """
-    name = f"{where}{path}"
+    return _decode(path, f"{where}{path}")
+
+
+def decode_image(data: bytes, *, name: str) -> Image.Image:
+    """The picture in `data`, as `read_image` decodes a file; `name` is put before what is wrong with it."""
+    return _decode(io.BytesIO(data), name)
+
+
+def _decode(file: Path | io.BytesIO, name: str) -> Image.Image:
     try:
         # Pillow warns of large pictures, refused below, and of odd metadata, which nobody reads.
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(file, formats=FORMATS) as image:
             _check_size(image.size, name)  # only the header has been read so far
             image.load()
             return _to_rgb(image, name)

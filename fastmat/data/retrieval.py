@@ -14,6 +14,7 @@ from PIL import Image
 
 from fastmat.data.captions import CaptionRule, preprocess
 from fastmat.data.images import read_image
+from fastmat.data.provenance import Provenance, read_provenance
 from fastmat.errors import UserError
 
 
@@ -24,6 +25,7 @@ class RetrievalSet:
     captions: per image, one or more. ids: unique per image.
     group: per image; an image and a caption match when the groups of the image and of the caption's image are equal.
     load: row to RGB picture; it can be pickled, so that worker processes can call it.
+    provenance: per image and caption, what made it, None for a human; empty where humans made everything.
     """
 
     name: str
@@ -32,9 +34,11 @@ class RetrievalSet:
     ids: tuple[str, ...]
     group: tuple[int, ...]
     load: Callable[[int], Image.Image]
+    provenance: tuple[tuple[Provenance | None, ...], ...] = ()
 
     def __post_init__(self) -> None:
         assert len(self.captions) == len(self.ids) == len(self.group)
+        assert not self.provenance or [*map(len, self.provenance)] == [*map(len, self.captions)]
 
     @property
     def n_images(self) -> int:
@@ -48,7 +52,13 @@ class RetrievalSet:
         """The first `n` images. Raises UserError unless 1 <= n <= n_images."""
         if not 1 <= n <= self.n_images:
             raise UserError(f"{self.name}/{self.split} has {self.n_images} images, cannot take {n}")
-        return replace(self, captions=self.captions[:n], ids=self.ids[:n], group=self.group[:n])
+        return replace(
+            self,
+            captions=self.captions[:n],
+            ids=self.ids[:n],
+            group=self.group[:n],
+            provenance=self.provenance[:n],
+        )
 
     def fingerprint(self) -> str:
         """SHA-256 of ids, captions and groups: equal fingerprints mean the same rows in the same order."""
@@ -61,8 +71,9 @@ def read_retrieval_set(
     """Read a JSON list of `{"image": path below `images`, "caption": string or list, "image_id"?: ..., "group"?: ...}`.
 
     Rows of one image merge, in the order of its first row (training files list one caption a row). Images of one
-    `group` match one another's captions; without it an image is its own group. Further keys are ignored. That every
-    image file is there is checked at once; pictures are decoded when they are loaded.
+    `group` match one another's captions; without it an image is its own group. What augmented sets say about what was
+    generated is kept (`fastmat.data.provenance`); further keys are ignored. That every image file is there is checked
+    at once; pictures are decoded when they are loaded.
 
     Raises UserError naming the file and the row (the first is row 1).
     """
@@ -85,6 +96,8 @@ def read_retrieval_set(
             raise UserError(f"{where}: image '{image}' is in group {group} here, but not in row {entry.row}")
         entry.group = entry.group if group is None else ("group", group)
         entry.captions += _captions(row, captions, where)
+        made = len(entry.captions) - len(entry.provenance)
+        entry.provenance += [read_provenance(row, where)] * made
 
     paths = tuple(images / image for image in found)
     missing = [(entry.row, path) for entry, path in zip(found.values(), paths, strict=True) if not path.is_file()]
@@ -102,6 +115,9 @@ def read_retrieval_set(
         ids=tuple(entry.id for entry in found.values()),
         group=tuple(dense.setdefault(entry.group, len(dense)) for entry in found.values()),
         load=_Files(annotations, paths, tuple(entry.row for entry in found.values())),
+        provenance=tuple(tuple(entry.provenance) for entry in found.values())
+        if any(any(entry.provenance) for entry in found.values())
+        else (),
     )
 
 
@@ -113,6 +129,7 @@ class _Image:
     id: str
     group: object
     captions: list[str] = field(default_factory=list)
+    provenance: list[Provenance | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

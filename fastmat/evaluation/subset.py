@@ -39,6 +39,7 @@ def pick(dataset: RetrievalSet, rows: Sequence[int]) -> RetrievalSet:
         captions=tuple(dataset.captions[row] for row in rows),
         ids=tuple(dataset.ids[row] for row in rows),
         group=tuple(dataset.group[row] for row in rows),
+        provenance=tuple(dataset.provenance[row] for row in rows) if dataset.provenance else (),
     )
 
 

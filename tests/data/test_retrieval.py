@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from fastmat.data.provenance import Provenance
 from fastmat.data.retrieval import RetrievalSet, read_retrieval_set
 from fastmat.errors import UserError
 
@@ -130,3 +131,31 @@ def test_a_picture_that_goes_bad_names_its_row(tmp_path: Path) -> None:
     (tmp_path / "b.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"set\.json, row 2: .*b\.png: not a picture"):
         found.load(1)
+
+
+def test_provenance_of_generated_captions_survives_reading(tmp_path: Path) -> None:
+    made = {"generator": "eda", "model": "lexicon 12ab", "source": "a dog", "seed": 3}
+    rows = [row("a"), row("b", ["x", "y"], generator="human"), row("a", "a hound", **made)]
+    found = read(tmp_path, rows)
+    eda = Provenance(**made)
+    assert found.captions == (("a dog", "a hound"), ("x", "y"))
+    assert found.provenance == ((None, eda), (None, None))
+    assert found.take(1).provenance == ((None, eda),)
+    assert eda.row() == {**made, "made": "caption"}
+    plain = read(tmp_path, [{key: value for key, value in one.items() if key not in made} for one in rows])
+    assert plain.provenance == () and plain.fingerprint() == found.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"generator": 3}, "'generator' must be a string"),
+        ({"generator": ""}, "'generator' must be a string that says something"),
+        ({"generator": "eda", "seed": "0"}, "'seed' must be a whole number"),
+        ({"generator": "eda", "source": ["a"]}, "'source' must be a string"),
+        ({"generator": "eda", "made": "imago"}, "'made' is 'imago'; did you mean 'image'"),
+    ],
+)
+def test_odd_provenance_is_refused(tmp_path: Path, more: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=f"row 2: {said}"):
+        read(tmp_path, [row("a"), row("b", **more)])

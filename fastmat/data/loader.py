@@ -112,13 +112,28 @@ class TrainingBatches:
         """The batch of `step` (from 0), decoded here."""
         rows = self._rows(step)
         images = torch.stack([self.picture(row) for row in rows])
-        return self._assemble(step, rows, images)
+        return self._assemble(step, slice(None), images)
 
-    def iterate(self, start: int, stop: int) -> Iterator[Batch]:
-        """`batch(start)` ... `batch(stop - 1)`, decoded ahead of time by the workers."""
-        decoded = _decode(self, lambda: map(self._rows, range(start, stop)))
-        for step, images in zip(range(start, stop), decoded, strict=True):
-            yield self._assemble(step, self._rows(step), images)
+    def iterate(self, start: int, stop: int, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        """The share of process `rank` out of `world` in `batch(start)` ... `batch(stop - 1)`: consecutive images.
+
+        Decoded ahead of time by the workers, and no other process's images. Raises UserError at once where the batch
+        cannot be divided.
+        """
+        if self.batch_size % world:
+            raise UserError(
+                f"the batch of {self.batch_size} images cannot be divided among {world} processes; "
+                f"set batch_size to a multiple of {world}"
+            )
+        share = self.batch_size // world
+        own = slice(rank * share, (rank + 1) * share)
+
+        def batches() -> Iterator[Batch]:
+            decoded = _decode(self, lambda: (self._rows(step)[own] for step in range(start, stop)))
+            for step, images in zip(range(start, stop), decoded, strict=True):
+                yield self._assemble(step, own, images)
+
+        return batches()
 
     @cached_property
     def picture(self) -> Picture:
@@ -131,14 +146,16 @@ class TrainingBatches:
         epoch, place = divmod(step, self.steps_per_epoch)
         return self._order(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
 
-    def _assemble(self, step: int, rows: list[int], images: Tensor) -> Batch:
+    def _assemble(self, step: int, own: slice, images: Tensor) -> Batch:
+        """The images `own` of a step; captions are drawn for all of them, so that a share has those of the whole."""
+        rows = self._rows(step)
         rng = np.random.default_rng([self.seed, 1, step])
         captions = []
         for row in rows:
-            own = self.dataset.captions[row]
-            drawn = rng.permutation(len(own))[: self.captions_per_image]
-            captions.append(tuple(own[i] for i in drawn))
-        return _assemble(self.dataset, rows, images, captions)
+            known = self.dataset.captions[row]
+            drawn = rng.permutation(len(known))[: self.captions_per_image]
+            captions.append(tuple(known[i] for i in drawn))
+        return _assemble(self.dataset, rows[own], images, captions[own])
 
 
 def _check(batch_size: int, workers: int) -> None:

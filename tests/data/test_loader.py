@@ -76,6 +76,38 @@ def test_iterate_equals_batch_across_epochs(workers: int) -> None:
     assert all(same(a, b) for a, b in zip(expected, found, strict=True))
 
 
+class Counted(Pictures):
+    """Remembers what was decoded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def __call__(self, row: int) -> Image.Image:
+        self.seen.append(row)
+        return super().__call__(row)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_shares_of_all_processes_are_the_whole_batch(workers: int) -> None:
+    shares = [list(training(workers).iterate(1, 8, rank=rank, world=2)) for rank in (0, 1)]
+    for i, step in enumerate(range(1, 8)):
+        whole = training().batch(step)
+        assert all(same(shares[rank][i], whole.rows(2 * rank, 2 * rank + 2)) for rank in (0, 1))
+
+
+def test_a_process_decodes_its_share_only() -> None:
+    counted = Counted()
+    batches = TrainingBatches(replace(ragged(), load=counted), TRANSFORM, batch_size=4, seed=5)
+    shares = list(batches.iterate(0, 3, rank=1, world=2))
+    assert counted.seen == torch.cat([share.index for share in shares]).tolist() and len(counted.seen) == 6
+
+
+def test_a_batch_that_cannot_be_divided_is_refused_before_the_first_one() -> None:
+    with pytest.raises(UserError, match="batch of 4 images cannot be divided among 3 processes; set batch_size"):
+        training().iterate(0, 1, rank=0, world=3)
+
+
 def test_an_epoch_holds_no_image_twice_and_the_next_is_another() -> None:
     batches = training(batch_size=5)
     assert batches.steps_per_epoch == 2

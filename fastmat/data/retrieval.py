@@ -84,18 +84,18 @@ def read_retrieval_set(
         image = _string(row, "image", where)
         entry = found.setdefault(image, _Image(row=number, id=image, group=image))
         new = entry.row == number
-        label = _label(row, "image_id", where)
+        label = label_of(row, "image_id", where)
         if label is not None and not new and entry.id != label:
             raise UserError(f"{where}: image '{image}' has image_id {label} here, but {entry.id} in row {entry.row}")
         entry.id = entry.id if label is None else label
         if owner.setdefault(entry.id, image) != image:
             first = found[owner[entry.id]].row
             raise UserError(f"{where}: image_id {entry.id} already names '{owner[entry.id]}' in row {first}")
-        group = _label(row, "group", where)
+        group = label_of(row, "group", where)
         if group is not None and not new and entry.group != ("group", group):
             raise UserError(f"{where}: image '{image}' is in group {group} here, but not in row {entry.row}")
         entry.group = entry.group if group is None else ("group", group)
-        entry.captions += _captions(row, captions, where)
+        entry.captions += captions_of(row, captions, where)
         made = len(entry.captions) - len(entry.provenance)
         entry.provenance += [read_provenance(row, where)] * made
 
@@ -193,14 +193,16 @@ def _encodable(text: str, key: str, where: str) -> str:
     return text
 
 
-def _label(row: dict[str, Any], key: str, where: str) -> str | None:
+def label_of(row: dict[str, Any], key: str, where: str) -> str | None:
+    """`row[key]`, a string or a whole number, as a string; None where it is not there. Raises UserError otherwise."""
     value = row.get(key)
     if value is not None and (isinstance(value, bool) or not isinstance(value, str | int)):
         raise UserError(f"{where}: '{key}' must be a string or a whole number, got {value!r}")
     return None if value is None else _encodable(str(value), key, where)
 
 
-def _captions(row: dict[str, Any], rule: CaptionRule, where: str) -> list[str]:
+def captions_of(row: dict[str, Any], rule: CaptionRule, where: str) -> list[str]:
+    """`row["caption"]`, one or several, pre-processed. Raises UserError, which begins with `where`, when unusable."""
     value = _value(row, "caption", where)
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list):

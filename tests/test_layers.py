@@ -16,7 +16,7 @@ ORDER = (
     ("models",),
     ("data", "text"),
     ("attacks",),
-    ("defences",),
+    ("defences", "augment"),
     ("training", "evaluation"),
     ("report",),
     ("build",),
@@ -30,10 +30,10 @@ NARROW = {
     "kernels": set(),
     "data": set(),
     "text": {"models.protocol"},
-    "report": {"evaluation.results"},
+    "report": {"evaluation.results", "augment.results"},
 }
 # These see models through the protocol and through files of weights, never a concrete class.
-WITHOUT_CONCRETE_MODELS = ("attacks", "defences", "training", "evaluation")
+WITHOUT_CONCRETE_MODELS = ("attacks", "defences", "augment", "training", "evaluation")
 ABSTRACT_MODELS = {"models.protocol", "models.sharding", "models.weights"}
 TOPS = ("fastmat", "kernels", "configs", "benchmarks")
 FILES = sorted(file for top in TOPS for file in ROOT.glob(f"{top}/**/*.py"))

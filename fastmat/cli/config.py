@@ -13,7 +13,19 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, model_validator
 from pydantic_core import CoreSchema, core_schema
 
-from fastmat.build import ATTACKS, CANDIDATES, DATASETS, DEFENCES, MODELS, Component, construct, locate, number, parse
+from fastmat.build import (
+    ATTACKS,
+    CANDIDATES,
+    DATASETS,
+    DEFENCES,
+    MODELS,
+    TRAINING_SETS,
+    Component,
+    construct,
+    locate,
+    number,
+    parse,
+)
 from fastmat.errors import UserError, nearest
 
 
@@ -70,6 +82,7 @@ Number = Annotated[float, BeforeValidator(number)]
 Label = Annotated[str, Field(pattern=r"^[\w.+-]+$")]
 Model = Annotated[Component, OneOf("models", MODELS)]
 Data = Annotated[Component, OneOf("data sets", DATASETS)]
+TrainingData = Annotated[Component, OneOf("data sets", TRAINING_SETS)]
 AttackChoice = Annotated[Component, OneOf("attacks", ATTACKS)]
 DefenceChoice = Annotated[Component, OneOf("defences", DEFENCES)]
 Settings = Annotated[dict[str, Any], Fields("fastmat.training.settings:TrainSettings")]
@@ -80,6 +93,11 @@ CandidateChoice = Annotated[Component, OneOf("candidate sources", CANDIDATES)]
 Threat = Annotated[dict[str, Any], Fields("fastmat.types:ThreatModel"), Field(description="the budgets of the attack")]
 EngineSettings = Annotated[
     dict[str, Any], Fields("fastmat.attacks.engine:Engine"), Field(description="how attacks are executed")
+]
+Augmentation = Annotated[
+    dict[str, Any],
+    Fields("fastmat.augment.augmentation:AugmentSettings"),
+    Field(description="MAT+: more captions and views per image, drawn anew every step"),
 ]
 Mlm = Annotated[
     str | None, Field(description="a transformers BertForMaskedLM, folder or hub id; attacks on words need it")
@@ -129,7 +147,7 @@ class TrainConfig(Section):
     """`fastmat train`."""
 
     model: Model = Field(description="where training starts")
-    data: Data = Field(description="training images and captions")
+    data: TrainingData = Field(description="training images and captions")
     mlm: Mlm = None
     threat: Threat = {}
     defence: DefenceChoice = Field(description="the defence")
@@ -137,6 +155,7 @@ class TrainConfig(Section):
     seed: Seed = 0
     batch_size: TrainBatch = 128
     captions_per_image: Captions = 1
+    augment: Augmentation = {}
     workers: Workers = 0
     candidate_cache: CandidateFolder = None
     limit: Limit = None
@@ -216,6 +235,13 @@ class ExportConfig(Section):
     rows: tuple[int, ...] | None = Field(None, description="those attacked, where not all were")
     batch_size: EvalBatch = 32
     workers: Workers = 0
+
+
+class PackConfig(Section):
+    """`fastmat pack`."""
+
+    data: Data = Field(description="images and captions to pack")
+    limit: Limit = None
 
 
 class Harden(Section):

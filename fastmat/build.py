@@ -20,14 +20,16 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from fastmat.attacks.base import Attack
 from fastmat.attacks.objectives import Objective
+from fastmat.data.loader import TrainingBatches
 from fastmat.data.retrieval import RetrievalSet, read_retrieval_set
+from fastmat.data.shards import ShardBatches, ShardSet
 from fastmat.defences.base import Defence
 from fastmat.defences.mat import TextSearch
 from fastmat.errors import UserError, nearest
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.quirks import Quirks
 from fastmat.text.candidates import CandidateSource
-from fastmat.types import ThreatModel
+from fastmat.types import ImageTransform, ThreatModel
 
 if typing.TYPE_CHECKING:
     from fastmat.text.candidate_cache import CandidateCache
@@ -82,6 +84,8 @@ DATASETS = {
     "json": "fastmat.build:json_set",
     "digits": "fastmat.data.digits:digits_set",
 }
+# Streamed, for sets that do not fit in memory: training reads them too, nothing else does.
+TRAINING_SETS = {**DATASETS, "shards": "fastmat.data.shards:open_shards"}
 
 # Where pydantic speaks of classes and patterns.
 PLAINER = {
@@ -383,11 +387,42 @@ def split_quirks(
 
 def build_data(component: Component, *, limit: int | None = None, where: str = "data") -> RetrievalSet:
     """A retrieval set, its first `limit` images."""
-    dataset = typing.cast("RetrievalSet", build(DATASETS, component, where=where))
+    return typing.cast("RetrievalSet", _first(build(DATASETS, component, where=where), limit))
+
+
+def build_training_data(
+    component: Component, *, limit: int | None = None, where: str = "data"
+) -> RetrievalSet | ShardSet:
+    """What `build_batches` draws from, its first `limit` images."""
+    return _first(build(TRAINING_SETS, component, where=where), limit)
+
+
+def _first(dataset: RetrievalSet | ShardSet, limit: int | None) -> RetrievalSet | ShardSet:
     try:
         return dataset if limit is None else dataset.take(limit)
     except UserError as error:
         raise at("limit", error) from error
+
+
+def build_batches(
+    dataset: RetrievalSet | ShardSet,
+    transform: ImageTransform,
+    *,
+    batch_size: int,
+    captions_per_image: int,
+    seed: int,
+    workers: int,
+) -> TrainingBatches | ShardBatches:
+    """The training batches of a set in memory or in shards."""
+    source = ShardBatches if isinstance(dataset, ShardSet) else TrainingBatches
+    return source(
+        dataset,  # type: ignore[arg-type]  # the one that fits
+        transform,
+        batch_size=batch_size,
+        captions_per_image=captions_per_image,
+        seed=seed,
+        workers=workers,
+    )
 
 
 def json_set(

@@ -21,6 +21,7 @@ COMMANDS = {
     "quickstart": "attack, harden, evaluate and report on built-in data, in minutes and without a download",
     "attack": "write a set of adversarial images and captions",
     "candidates": "compute once what the masked language model proposes, for every later attack",
+    "pack": "write a set as WebDataset shards, which training streams",
     "train": "harden a model, or fine-tune it",
     "eval": "rank images and captions, clean and attacked; write results.json and report.html",
     "export": "write an adversarial set as 8-bit PNG files within its budget, captions as JSON",

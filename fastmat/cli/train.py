@@ -13,14 +13,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from fastmat.build import build_data, build_defence, build_model, build_threat, construct
+from fastmat.build import build_batches, build_defence, build_model, build_threat, build_training_data, construct
 from fastmat.cli.common import Interrupted, MlmLoader, add_config_arguments, check_out, open_candidates, tell_candidates
 from fastmat.cli.config import TrainConfig
 from fastmat.cli.keys import describe
 from fastmat.cli.load import load_config, plain
 from fastmat.cli.parser import Parser
 from fastmat.cli.processes import is_first_process
-from fastmat.data.loader import TrainingBatches
 from fastmat.training import interrupt
 from fastmat.training.loop import TrainReport, train
 from fastmat.training.settings import TrainSettings
@@ -47,14 +46,14 @@ def train_model(config: TrainConfig, out: Path, *, resume: bool = False) -> Trai
     check_out(out, resume=resume, sign="checkpoints")
     joined = torch.distributed.is_initialized()
     accelerator = Accelerator(mixed_precision="no")
-    dataset = build_data(config.data, limit=config.limit)
+    dataset = build_training_data(config.data, limit=config.limit)
     model = build_model(config.model)
     mlm = MlmLoader(config.mlm, accelerator.device)
     cache = open_candidates(config.candidate_cache)
     defence = build_defence(
         config.defence, teacher=model, threat=threat, mlm=mlm, seed=config.seed, candidate_cache=cache
     )
-    batches = TrainingBatches(
+    batches = build_batches(
         dataset,
         model.image_transform,
         batch_size=config.batch_size,

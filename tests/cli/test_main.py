@@ -25,6 +25,7 @@ def test_every_command_has_help_with_its_keys(fastmat: Fastmat) -> None:
             "candidate_cache: Path or null = null",
             "fit_data: one of json, digits = null",
         ],
+        "pack": ["--images-per-shard N", "--index DIR", "data: one of json, digits (required)"],
         "train": ["defence: one of finetune", "train.lr: float = 1e-05", "captions_per_image: int = 1"],
         "eval": ["victims.LABEL.model: one of open_clip", "eps: list of float", "resamples: int = 1000"],
         "quickstart": ["choose_eps: list of float (required)", "harden.train.steps: int (required)"],

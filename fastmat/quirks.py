@@ -14,6 +14,10 @@
 | `clamp_start` | True: the start lies in the pixel box | False | RobustVLM's PGD, Co-Attack, Sep-Attack |
 | `last_caption_only` | False: one image against all its captions | True: one image per pair, of which the last caption's is kept | Co-Attack |
 | `zero_history` | False: the first checkpoint compares with the loss of the start | True: with 0, the last row of a buffer still empty | AutoAttack's and RobustVLM's APGD |
+| `pairs_only` | False: every caption of an image's group is its positive | True: its own alone, so images of one class repel each other's prompts | MMCoA |
+| `summed_kl` | False: KL terms are means over images, as the cross-entropy beside them | True: sums, which grow with the batch | PMG-AFT |
+| `cosine_logits` | False: logits are logit_scale * cosine | True: texts are normalised once more, after the scale, which is lost | PMG-AFT |
+| `frozen_siamese` | False: clean and adversarial images pass through one network, with stop-gradient on either side | True: the clean side is the frozen original, so that half of the loss is constant | Sim-CLIP |
 """
 
 from __future__ import annotations
@@ -37,6 +41,10 @@ class Quirks:
     clamp_start: bool = True
     last_caption_only: bool = False
     zero_history: bool = False
+    pairs_only: bool = False
+    summed_kl: bool = False
+    cosine_logits: bool = False
+    frozen_siamese: bool = False
 
     @classmethod
     def official(cls, *, round_trip: bool = True, text_max_length: int = 77) -> Quirks:
@@ -54,6 +62,10 @@ class Quirks:
             clamp_start=False,
             last_caption_only=True,
             zero_history=True,
+            pairs_only=True,
+            summed_kl=True,
+            cosine_logits=True,
+            frozen_siamese=True,
         )
 
     def but(self, **changes: bool | int | None) -> Quirks:

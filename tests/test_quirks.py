@@ -23,6 +23,10 @@ def test_presets() -> None:
         "clamp_start": True,
         "last_caption_only": False,
         "zero_history": False,
+        "pairs_only": False,
+        "summed_kl": False,
+        "cosine_logits": False,
+        "frozen_siamese": False,
     }
     assert asdict(Quirks.official()) == {
         "candidate_row_offset": 0,
@@ -37,6 +41,10 @@ def test_presets() -> None:
         "clamp_start": False,
         "last_caption_only": True,
         "zero_history": True,
+        "pairs_only": True,
+        "summed_kl": True,
+        "cosine_logits": True,
+        "frozen_siamese": True,
     }
 
 

@@ -5,7 +5,7 @@ The training loop stands between the two: it encodes all views in one forward of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,16 +21,35 @@ class Views:
     """What the outer forward must encode, by name ("clean", "adv"), and constants that the loss needs.
 
     images: name -> [B, 3, H, W]; texts: name -> T captions; targets: name -> tensor (a frozen teacher's embeddings).
+    shifts: name of a text view -> [T, L, D] added to its token embeddings, L as those texts alone are padded.
     """
 
     images: Mapping[str, Tensor]
     texts: Mapping[str, tuple[str, ...]]
     targets: Mapping[str, Tensor] = field(default_factory=dict)
+    shifts: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Everyone:
+    """The unit features of every view of all processes, by rank, through which gradients flow back to them.
+
+    images: name -> [sum of B, E]; texts: name -> [sum of T, E]; group [sum of B], text_group [sum of T].
+    """
+
+    images: Mapping[str, Tensor]
+    texts: Mapping[str, Tensor]
+    group: Tensor
+    text_group: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """The same views, encoded with gradients. logit_scale is the multiplier. group [B], text_group [T]."""
+    """The same views, encoded with gradients. logit_scale is the multiplier. group [B], text_group [T].
+
+    everyone: with several processes, the views of all of them; gathered at the first call, the same at every later one.
+        None: this process has the whole batch. `fastmat.defences.terms` uses it.
+    """
 
     images: Mapping[str, ImageState]
     texts: Mapping[str, TextState]
@@ -38,6 +57,7 @@ class Features:
     logit_scale: Tensor
     group: Tensor
     text_group: Tensor
+    everyone: Callable[[], Everyone] | None = None
 
 
 class Defence(Protocol):
@@ -50,5 +70,9 @@ class Defence(Protocol):
         ...
 
     def loss(self, features: Features) -> dict[str, Tensor]:
-        """Named scalar terms; their sum is minimised."""
+        """Named scalar terms; their sum is minimised.
+
+        With several processes B and T are this process's share, and the mean over the processes is minimised: a mean
+        over images is right as it stands, other means and all contrasts are in `fastmat.defences.terms`.
+        """
         ...

@@ -7,16 +7,14 @@ which the paper describes.
 
 from __future__ import annotations
 
-import copy
+from torch import Tensor
 
-import torch
-from torch import Tensor, nn
-
-from fastmat.attacks.base import frozen
 from fastmat.attacks.draws import Draws
 from fastmat.attacks.objectives import squared_l2_from
 from fastmat.attacks.search import ascend, check_steps, random_start
 from fastmat.defences.base import Features, Views
+from fastmat.defences.inner import attacking
+from fastmat.defences.teacher import Teacher
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.types import Batch, ThreatModel
 
@@ -25,7 +23,7 @@ class FARE:
     """teacher: the original model; a frozen copy is taken here, so hand it in before training changes it.
 
     steps, step_size: the inner PGD; step_size in pixel units, None: eps/4 (1/255 at the published eps of 4/255).
-    Raises UserError without a step or with a negative step size.
+    Raises UserError without a step, with a negative step size, and in `perturb` for a teacher of another width.
     """
 
     trains: tuple[str, ...] = ("image",)
@@ -38,18 +36,17 @@ class FARE:
         steps: int = 10,
         step_size: float | None = None,
     ) -> None:
-        assert isinstance(teacher, nn.Module)
         check_steps(steps, step_size)
         self.threat = threat
-        self.teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+        self.teacher = Teacher(teacher)
         self.steps = steps
         self.step_size = threat.eps / 4 if step_size is None else step_size
 
     def perturb(self, model: VisionLanguageModel, batch: Batch, draws: Draws) -> Views:
-        with torch.no_grad():
-            target = self.teacher.to(batch.images.device).encode_image(batch.images).embeds
+        target = self.teacher.images(batch.images).embeds
         value = squared_l2_from(target)
-        with frozen(model):
+        with attacking(model):
+            self.teacher.check(model)
             images = ascend(
                 lambda x, step: value(model.encode_image(x)),
                 batch.images,

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastmat.attacks.base import context_of, frozen
+from fastmat.attacks.base import context_of
 from fastmat.attacks.draws import Draws
 from fastmat.attacks.objectives import Objective
 from fastmat.attacks.pgd import PGD
 from fastmat.defences.base import Features, Views
+from fastmat.defences.inner import attacking
 from fastmat.defences.terms import contrastive_between
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.types import Batch, ThreatModel
@@ -41,7 +42,7 @@ class TeCoAITR:
         self.trains = trains
 
     def perturb(self, model: VisionLanguageModel, batch: Batch, draws: Draws) -> Views:
-        with frozen(model):
+        with attacking(model):
             images, _ = self.attack.run(model, batch, context_of(model, batch), draws)
         return Views(images={"adv": images.detach()}, texts={"clean": batch.texts})
 

@@ -22,6 +22,7 @@ from fastmat.models.protocol import (
     token_batch,
 )
 from fastmat.models.sharding import whole
+from fastmat.models.shifting import shifted
 from fastmat.types import ImageTransform
 
 
@@ -87,7 +88,8 @@ class DualEncoder(nn.Module):
         return ImageState(tokens, embeds, F.normalize(embeds, dim=-1))
 
     def encode_text(self, tokens: TextTokens) -> TextState:
-        pooled, sequence = self.text_tower(tokens.ids, tokens.mask)
+        with shifted(self.token_embedding, tokens.shift):
+            pooled, sequence = self.text_tower(tokens.ids, tokens.mask)
         embeds = self.text_projection(pooled).float()
         return TextState(tokens.ids, tokens.mask, sequence, embeds, F.normalize(embeds, dim=-1))
 

@@ -15,13 +15,18 @@ from fastmat.types import ImageTransform
 
 
 class TextTokens(NamedTuple):
-    """Token ids [T, L] int64 and mask [T, L] bool (True where a token stands)."""
+    """Token ids [T, L] int64 and mask [T, L] bool (True where a token stands).
+
+    shift: [T, L, D], added to the embeddings of the tokens by an `EmbeddingModel`; None: nothing.
+    """
 
     ids: Tensor
     mask: Tensor
+    shift: Tensor | None = None
 
     def to(self, device: torch.device | str) -> TextTokens:
-        return TextTokens(self.ids.to(device, non_blocking=True), self.mask.to(device, non_blocking=True))
+        shift = None if self.shift is None else self.shift.to(device, non_blocking=True)
+        return TextTokens(self.ids.to(device, non_blocking=True), self.mask.to(device, non_blocking=True), shift)
 
 
 def token_batch(rows: Sequence[Sequence[int]], *, pad_id: int, length: int | None = None) -> TextTokens:
@@ -100,7 +105,8 @@ class Encoded(NamedTuple):
 
 
 class FusionState(NamedTuple):
-    """tokens [P, L, D] after cross-attention, itm_logits [P, 2], attention per layer (None unless asked for)."""
+    """tokens [P, L, D] after cross-attention; itm_logits [P, 2], no match and match; attention to the image tokens
+    [P, H, L, N] per layer that looks at them (None unless asked for)."""
 
     tokens: Tensor
     itm_logits: Tensor
@@ -162,7 +168,7 @@ class PrefixModel(VisionLanguageModel, Protocol):
 
 @runtime_checkable
 class EmbeddingModel(VisionLanguageModel, Protocol):
-    """A model whose text tower begins with a table of token embeddings."""
+    """A model whose text tower begins with a table of token embeddings, to which `TextTokens.shift` is added."""
 
     @property
     def token_embedding(self) -> nn.Embedding | None:
@@ -172,8 +178,19 @@ class EmbeddingModel(VisionLanguageModel, Protocol):
 
 @runtime_checkable
 class FusionModel(VisionLanguageModel, Protocol):
-    """A model that also matches an image with a text by cross-attention (ALBEF, BLIP)."""
+    """A model that also matches an image with a text by cross-attention (ALBEF, BLIP).
 
-    def fuse(self, image: ImageState, text: TextState) -> FusionState:
-        """States of P pairs, row by row; states are reusable across calls."""
+    The first token of an image or text state, and of the fused one, is its class token.
+    mean, std: [3, 1, 1], what `encode_image` normalises with.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def fuse(self, image: ImageState, text: TextState, owner: Tensor | None = None, maps: bool = False) -> FusionState:
+        """States of P pairs; states are reusable across calls.
+
+        owner: [P] int64, the image row of each text; None: row by row. What is computed of an image alone is computed
+        once, however many texts it has. maps: also give the attention to the image, in the graph.
+        """
         ...

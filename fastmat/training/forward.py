@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastmat.defences.base import Features, Views
@@ -25,6 +26,7 @@ def encode_views(forward: Forward, model: VisionLanguageModel, views: Views, bat
     if views.texts:
         captions = [text for texts in views.texts.values() for text in texts]
         tokens = model.tokenize(captions).to(batch.images.device)
+        tokens = tokens._replace(shift=_stacked_shift(views, tokens))
     encoded = forward(images, tokens)
     image_states: list[ImageState] = []
     if encoded.image is not None:
@@ -42,6 +44,16 @@ def encode_views(forward: Forward, model: VisionLanguageModel, views: Views, bat
         group=batch.group,
         text_group=batch.text_group,
     )
+
+
+def _stacked_shift(views: Views, tokens: TextTokens) -> Tensor | None:
+    """[rows of all text views, L, D]: each view's shift in its rows, zeros elsewhere; None where nothing is shifted."""
+    if not views.shifts:
+        return None
+    width = next(iter(views.shifts.values())).shape[2]
+    none = torch.zeros(len(tokens.ids) // len(views.texts), 0, width, device=tokens.ids.device)
+    shifts = [views.shifts.get(name, none) for name in views.texts]
+    return torch.cat([F.pad(shift, (0, 0, 0, tokens.ids.shape[1] - shift.shape[1])) for shift in shifts])
 
 
 def _split(parts: Sequence[Tensor | None], rows: int, views: int) -> list[tuple]:

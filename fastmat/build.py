@@ -41,6 +41,8 @@ MODELS = {
     "hf_clip": "fastmat.models.hf_clip:load_hf_clip",
     "small": "fastmat.models.small:small_clip",
     "tiny": "fastmat.models.tiny:tiny_clip",
+    "albef": "fastmat.models.albef:load_albef",
+    "tiny_albef": "fastmat.models.tiny_albef:tiny_albef",
 }
 ATTACKS = {
     "pgd": "fastmat.attacks.pgd:PGD",

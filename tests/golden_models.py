@@ -22,6 +22,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from fastmat.models.albef import Albef, load_albef
 from fastmat.models.dual_encoder import DualEncoder
 from fastmat.models.hf_clip import CLIP_MEAN, CLIP_STD, VisionTower, take_apart
 from fastmat.models.protocol import ImageState, TextState, TextTokens, token_batch
@@ -134,3 +135,20 @@ def golden_classifier() -> tuple[DualEncoder, nn.Linear, Batch, Tensor]:
     )
     torch.testing.assert_close(head(model.eval().encode_image(images).embeds), tensors["clean_logits"])
     return model, head, batch, tensors["labels"]
+
+
+def golden_albef(folder: Path, name: str = "albef_weights", **settings: object) -> Albef:
+    """A recorded ALBEF, from its file in the official layout. folder: for a vocabulary of the model's size."""
+    size = golden(name)[0]["bert_config"]["vocab_size"]
+    bert_tokenizer()  # skips without the recordings
+    recordings = Path(os.environ["FASTMAT_GOLDEN"])
+    lines = (recordings.parent / "data/vocab/bert-base-uncased-vocab.txt").read_text().splitlines()
+    (folder / "vocab.txt").write_text("\n".join(lines[:size]) + "\n")
+    file = recordings / f"{name}.pth"
+    return load_albef(
+        file if file.exists() else file.with_suffix(".safetensors"),
+        vocabulary=str(folder / "vocab.txt"),
+        image_heads=4,
+        text_heads=4,
+        **settings,
+    ).eval()

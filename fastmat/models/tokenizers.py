@@ -6,8 +6,10 @@ import re
 import zlib
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastmat.errors import UserError
 from fastmat.models.protocol import encodable
 
 if TYPE_CHECKING:
@@ -91,6 +93,30 @@ class WordPieceTokenizer:
 
     def frame(self, ids: Sequence[int], max_length: int) -> list[int]:
         return [self._start, *ids[: max_length - 1 - len(self._end)], *self._end]
+
+
+def read_bert_tokenizer(source: str, *, size: int) -> BertTokenizerFast:
+    """BERT's lower-casing tokenizer from a `vocab.txt`, a folder or a hub id; size: pieces that the model knows.
+
+    Raises UserError when there is none or it is another model's.
+    """
+    from transformers import BertTokenizerFast
+
+    path = Path(source)
+    if path.is_dir() and not any((path / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+        raise UserError(f"vocabulary: {source} has neither tokenizer.json nor vocab.txt")
+    try:
+        bert = BertTokenizerFast(vocab=source) if path.is_file() else BertTokenizerFast.from_pretrained(source)
+    except Exception as error:  # the hub and the tokenizer's file each raise their own
+        line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(
+            f"vocabulary: no BERT tokenizer in {source!r} ({line}); give a vocab.txt, a folder or a hub id"
+        ) from error
+    if len(bert) != size:
+        raise UserError(
+            f"vocabulary: {source} has {len(bert)} pieces, the model {size}; give the one it was trained with"
+        )
+    return bert
 
 
 class WordTokenizer:

@@ -22,8 +22,13 @@ def save_weights(model: nn.Module, path: Path, *, metadata: Mapping[str, Any] | 
 
     metadata: plain values, kept as JSON under the one key "fastmat", since safetensors orders several at random.
     """
+    save_state(model.state_dict(), path, metadata=metadata)
+
+
+def save_state(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, Any] | None = None) -> None:
+    """The same for tensors by name."""
     path = Path(path)
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    state = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     partial = path.with_name(path.name + ".partial")
     told = None if metadata is None else {"fastmat": json.dumps(metadata, sort_keys=True)}
     save_file(state, partial, metadata=told)
@@ -73,8 +78,14 @@ def load_weights(
     rename: maps a foreign file's state to this model's keys.
     """
     state = read_state(path)
-    if rename is not None:
-        state = dict(rename(state))
+    load_state(model, state if rename is None else rename(state), source=str(path))
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str, most: int | None = 4) -> None:
+    """Load tensors into `model`: every key must match in name and shape, or UserError lists what does not.
+
+    source: where they came from. most: keys that are listed of each kind, None: all.
+    """
     own = model.state_dict()
     problems = {
         "missing": sorted(own.keys() - state.keys()),
@@ -82,10 +93,10 @@ def load_weights(
         "of another shape": sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape),
     }
     if any(problems.values()):
-        listed = "; ".join(f"{len(keys)} {what} ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
-                           for what, keys in problems.items() if keys)  # fmt: skip
-        raise UserError(f"{path} does not fit this model: {listed}; check the model's name and configuration")
-    model.load_state_dict(state)
+        shown = {what: keys[:most] + ["..."] * (len(keys) > len(keys[:most])) for what, keys in problems.items()}
+        listed = "; ".join(f"{len(keys)} {what} ({', '.join(shown[what])})" for what, keys in problems.items() if keys)
+        raise UserError(f"{source} does not fit this model: {listed}; check the model's name and configuration")
+    model.load_state_dict(dict(state))
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -24,7 +24,7 @@ from fastmat.data.loader import TrainingBatches
 from fastmat.data.retrieval import RetrievalSet, read_retrieval_set
 from fastmat.data.shards import ShardBatches, ShardSet
 from fastmat.defences.base import Defence
-from fastmat.defences.mat import TextSearch
+from fastmat.defences.inner import TextSearch
 from fastmat.errors import UserError, nearest
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.quirks import Quirks
@@ -71,9 +71,14 @@ OBJECTIVES = {
 }
 DEFENCES = {
     "finetune": "fastmat.defences.finetune:FineTune",
+    "tecoa": "fastmat.defences.tecoa:TeCoA",
     "tecoa_itr": "fastmat.defences.tecoa_itr:TeCoAITR",
     "fare": "fastmat.defences.fare:FARE",
     "mat": "fastmat.defences.mat:MAT",
+    "mmcoa": "fastmat.defences.mmcoa:MMCoA",
+    "pmg_aft": "fastmat.defences.pmg_aft:PMGAFT",
+    "sim_clip": "fastmat.defences.sim_clip:SimCLIP",
+    "tga_zsr": "fastmat.defences.tga_zsr:TGAZSR",
 }
 CANDIDATES = {
     "masked": "fastmat.text.masked:MaskedCandidates",
@@ -81,10 +86,15 @@ CANDIDATES = {
     "neighbours": "fastmat.text.neighbours:Neighbours",
     "characters": "fastmat.text.characters:Characters",
 }
-TEXT_SEARCHES = {"word_substitution": "fastmat.attacks.word_substitution:WordSubstitution"}
+TEXT_SEARCHES = {
+    "word_substitution": "fastmat.attacks.word_substitution:WordSubstitution",
+    "embedding_space": "fastmat.defences.embedding_space:EmbeddingSpace",
+}
 DATASETS = {
     "json": "fastmat.build:json_set",
     "digits": "fastmat.data.digits:digits_set",
+    "image_folder": "fastmat.data.labelled:image_folder",
+    "labelled_digits": "fastmat.data.labelled:labelled_digits",
 }
 # Streamed, for sets that do not fit in memory: training reads them too, nothing else does.
 TRAINING_SETS = {**DATASETS, "shards": "fastmat.data.shards:open_shards"}
@@ -103,7 +113,7 @@ SEAMS: dict[type, Mapping[str, str]] = {
 }
 Given = Mapping[str, Callable[[], object]]
 # Made from other sections, so no argument of a component: `max_words` stands in `threat`, with the rest of the budget.
-RESERVED = frozenset({"threat", "max_words", "mlm", "candidate_cache", "teacher", "quirks"})
+RESERVED = frozenset({"threat", "max_words", "mlm", "candidate_cache", "teacher", "prompts", "quirks"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -338,12 +348,16 @@ def build_defence(
     mlm: Callable[[], object],
     seed: int,
     candidate_cache: CandidateCache | Path | None = None,
+    prompts: Callable[[], object] = lambda: None,
     where: str = "defence",
 ) -> Defence:
-    """A defence; teacher: the model before training, of which a defence that needs one keeps a frozen copy."""
+    """A defence; teacher: the model before training, of which a defence that needs one keeps a frozen copy.
+
+    prompts: makes the prompts of every class (`fastmat.data.labelled.class_prompts`), None where there are no labels.
+    """
     arguments, quirks = split_quirks(component.arguments, where=where)
     parts = given_of(threat=threat, mlm=mlm, quirks=quirks, seed=seed, candidate_cache=candidate_cache)
-    given = {"teacher": lambda: teacher, **parts}
+    given = {"teacher": lambda: teacher, "prompts": prompts, **parts}
     return typing.cast("Defence", construct(locate(DEFENCES[component.name]), arguments, where=where, given=given))
 
 

@@ -107,6 +107,11 @@ FitData = Annotated[
     OneOf("data sets", DATASETS, optional=True),
     Field(description="images and captions that an attack such as universal is fitted to, not those it is judged on"),
 ]
+Teacher = Annotated[
+    Component | None,
+    OneOf("models", MODELS, optional=True),
+    Field(description="the frozen original that defences such as fare keep to; null: the model before training"),
+]
 Seed = Annotated[int, Field(ge=0, description="of every random draw")]
 Device = Annotated[str, Field(description="auto (a GPU when there is one), cpu, cuda or cuda:N")]
 EvalBatch = Annotated[int, Field(gt=0, description="images at a time; changes no result")]
@@ -151,6 +156,7 @@ class TrainConfig(Section):
     mlm: Mlm = None
     threat: Threat = {}
     defence: DefenceChoice = Field(description="the defence")
+    teacher: Teacher = None
     train: Settings = Field(description="steps, optimiser, precision, checkpoints; its seed is the run's by default")
     seed: Seed = 0
     batch_size: TrainBatch = 128

@@ -13,7 +13,7 @@ from pydantic_core import PydanticUndefined
 from fastmat import quirks
 from fastmat.build import CANDIDATES, OBJECTIVES, SEAMS, TEXT_SEARCHES, Component, locate, parameters_of
 from fastmat.cli.config import Fields, OneOf, Section
-from fastmat.defences.mat import TextSearch
+from fastmat.defences.inner import TextSearch
 from fastmat.text.candidates import CandidateSource
 
 WIDTH = 100

@@ -20,6 +20,8 @@ from fastmat.cli.keys import describe
 from fastmat.cli.load import load_config, plain
 from fastmat.cli.parser import Parser
 from fastmat.cli.processes import is_first_process
+from fastmat.data.labelled import class_prompts
+from fastmat.data.retrieval import RetrievalSet
 from fastmat.training import interrupt
 from fastmat.training.loop import TrainReport, train
 from fastmat.training.settings import TrainSettings
@@ -50,8 +52,15 @@ def train_model(config: TrainConfig, out: Path, *, resume: bool = False) -> Trai
     model = build_model(config.model)
     mlm = MlmLoader(config.mlm, accelerator.device)
     cache = open_candidates(config.candidate_cache)
+    teacher = model if config.teacher is None else build_model(config.teacher, where="teacher")
     defence = build_defence(
-        config.defence, teacher=model, threat=threat, mlm=mlm, seed=config.seed, candidate_cache=cache
+        config.defence,
+        teacher=teacher,
+        threat=threat,
+        mlm=mlm,
+        seed=config.seed,
+        candidate_cache=cache,
+        prompts=lambda: class_prompts(dataset) if isinstance(dataset, RetrievalSet) else None,
     )
     batches = build_batches(
         dataset,

@@ -37,8 +37,8 @@ class ClassPrompts:
     def __init__(self, prompts: Prompts | None, *, text_trains: bool = False) -> None:
         if prompts is None:
             raise UserError(
-                "its captions are no class labels: contrast with classes on a labelled set (image_folder, "
-                "labelled_digits), or with captions here"
+                "the captions of this set are no class labels: take a labelled set (image_folder, labelled_digits), or "
+                "a defence on captions (against: captions, or tecoa_itr)"
             )
         if text_trains:
             raise UserError("class prompts are encoded once, so the text tower cannot train: set trains to ['image']")

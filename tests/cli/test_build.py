@@ -53,7 +53,9 @@ def attack_of(value: object) -> object:
 
 def defence_of(value: object) -> object:
     component = build.parse(value, build.DEFENCES, where="defence")
-    return build_defence(component, teacher=tiny_clip(), threat=THREAT, mlm=tiny_mlm, seed=7)
+    return build_defence(
+        component, teacher=tiny_clip(), threat=THREAT, mlm=tiny_mlm, seed=7, prompts=lambda: (("a dog",), ("a cat",))
+    )
 
 
 @pytest.mark.parametrize("path", [path for registry in REGISTRIES for path in registry.values()])
@@ -73,6 +75,19 @@ def test_every_attack_takes_budgets_and_seed_from_outside(name: str) -> None:
 @pytest.mark.parametrize("name", build.DEFENCES)
 def test_every_defence_can_be_built_by_name(name: str) -> None:
     assert defence_of(name).trains  # type: ignore[attr-defined]
+
+
+def test_embedding_space_needs_no_language_model() -> None:
+    component = build.parse({"name": "mat", "text_search": "embedding_space"}, build.DEFENCES, where="defence")
+    defence = build_defence(component, teacher=tiny_clip(), threat=THREAT, mlm=no_mlm, seed=7)
+    assert type(defence.text_search).__name__ == "EmbeddingSpace"  # type: ignore[attr-defined]
+    assert defence.text_search.seed == 7  # type: ignore[attr-defined]
+
+
+def test_a_defence_on_classes_says_that_the_set_has_no_labels() -> None:
+    component = build.parse("tecoa", build.DEFENCES, where="defence")
+    with pytest.raises(UserError, match="defence: the captions of this set are no class labels"):
+        build_defence(component, teacher=tiny_clip(), threat=THREAT, mlm=no_mlm, seed=7)
 
 
 def test_arguments_are_converted() -> None:

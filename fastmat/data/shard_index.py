@@ -22,9 +22,9 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -152,7 +152,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_whole(path: Path, write: Any) -> None:
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Call `write(file)` on a file of another name, flush it to the disk and rename; a reader sees all or nothing."""
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -161,6 +161,10 @@ def write_whole(path: Path, write: Any) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        if error.filename is None:  # writing says what went wrong, not where
+            error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -206,10 +210,9 @@ def _rows(path: Path, groups: dict[str, int], numbers: Iterator[int]) -> Iterato
             )
 
 
-def _read(file: Any, info: tarfile.TarInfo) -> bytes:
+def _read(file: BinaryIO, info: tarfile.TarInfo) -> bytes:
     file.seek(info.offset_data)
-    data: bytes = file.read(info.size)
-    return data
+    return file.read(info.size)
 
 
 def _row(data: bytes, is_json: bool, where: str) -> dict[str, Any]:

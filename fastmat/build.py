@@ -80,6 +80,15 @@ DEFENCES = {
     "sim_clip": "fastmat.defences.sim_clip:SimCLIP",
     "tga_zsr": "fastmat.defences.tga_zsr:TGAZSR",
 }
+GENERATORS = {
+    "eda": "fastmat.augment.eda:EDA",
+    "back_translation": "fastmat.augment.back_translation:BackTranslation",
+    "rewrite": "fastmat.augment.rewrite:Rewrite",
+    "caption": "fastmat.augment.captioning:Captioning",
+    "text_to_image": "fastmat.augment.text_to_image:TextToImage",
+    "jsonl": "fastmat.augment.jsonl:JsonLines",
+    "function": "fastmat.augment.function:Function",
+}
 CANDIDATES = {
     "masked": "fastmat.text.masked:MaskedCandidates",
     "lexicon": "fastmat.text.lexicon:Lexicon",

@@ -57,15 +57,18 @@ class AugmentSettings:
         )
 
 
-def augmentation(settings: AugmentSettings, dataset: RetrievalSet) -> Augment | None:
+def augmentation(settings: AugmentSettings, dataset: RetrievalSet | None) -> Augment | None:
     """What `train(..., augment=...)` calls on every process's batch before the attack; None where nothing is to do.
 
     A pure function of batch and draws. Equally many images and captions come out for every process, if `captions` is
-    set or the batches bring equally many. dataset: whose positions `Batch.index` holds.
-    Raises UserError for a share of generated captions in a set that has none.
+    set or the batches bring equally many. dataset: whose positions `Batch.index` holds; None: a stream, whose captions
+    are not all at hand.
+    Raises UserError for captions of a stream, and for a share of generated captions in a set that has none.
     """
     parts: list[Augment] = []
     if settings.captions is not None:
+        if dataset is None:
+            raise UserError("captions are drawn from a whole set, not from shards; use captions_per_image with them")
         pool = CaptionPool.of(dataset)
         parts.append(CaptionDraw(pool=pool, number=settings.captions, generated=settings.generated))
     views = settings.image_views()

@@ -18,6 +18,7 @@ from fastmat.build import (
     CANDIDATES,
     DATASETS,
     DEFENCES,
+    GENERATORS,
     MODELS,
     TRAINING_SETS,
     Component,
@@ -231,6 +232,28 @@ class CandidatesConfig(Section):
     candidate_cache: CandidateFolder = None
     device: Device = "auto"
     limit: Limit = None
+
+
+class AugmentConfig(Section):
+    """`fastmat augment`."""
+
+    data: Data = Field(description="images and captions to augment; with --report an augmented set")
+    generator: Annotated[Component | None, OneOf("generators", GENERATORS, optional=True)] = Field(
+        None, description="what makes captions or images; --with names it"
+    )
+    copies: int = Field(
+        1, gt=0, description="results asked for per caption, or per image where a generator reads those"
+    )
+    model: Annotated[Component | None, OneOf("models", MODELS, optional=True)] = Field(
+        None, description="with --report: whose features are measured"
+    )
+    seed: Seed = 0
+    device: Device = "auto"
+    batch_size: int = Field(
+        32, gt=0, description="requests or images at a time; samples of a language model depend on it"
+    )
+    limit: Limit = None
+    resamples: int = Field(1000, gt=0, description="bootstrap resamples behind the 95 % intervals")
 
 
 class ExportConfig(Section):

@@ -22,6 +22,7 @@ COMMANDS = {
     "attack": "write a set of adversarial images and captions",
     "candidates": "compute once what the masked language model proposes, for every later attack",
     "pack": "write a set as WebDataset shards, which training streams",
+    "augment": "write an augmented set, with more captions or images, or measure one",
     "train": "harden a model, or fine-tune it",
     "eval": "rank images and captions, clean and attacked; write results.json and report.html",
     "export": "write an adversarial set as 8-bit PNG files within its budget, captions as JSON",

@@ -30,6 +30,7 @@ def test_every_command_has_help_with_its_keys(fastmat: Fastmat) -> None:
             "--index DIR",
             "data: one of json, digits, image_folder, labelled_digits (required)",
         ],
+        "augment": ["--with GENERATOR", "--report", "generator: one of eda", "lexicon: Path (required)"],
         "train": ["defence: one of finetune", "train.lr: float = 1e-05", "captions_per_image: int = 1"],
         "eval": ["victims.LABEL.model: one of open_clip", "eps: list of float", "resamples: int = 1000"],
         "quickstart": ["choose_eps: list of float (required)", "harden.train.steps: int (required)"],

@@ -67,11 +67,14 @@ class Fields:
     """Marks the fields of one dataclass ("module:name"), which checks them; the help lists them."""
 
     factory: str
+    optional: bool = False
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self.read)
 
-    def read(self, value: Any) -> dict[str, Any]:
+    def read(self, value: Any) -> dict[str, Any] | None:
+        if value is None and self.optional:
+            return None
         if not isinstance(value, Mapping):
             raise UserError(f"expected {{key: value}}, got {value!r}")
         arguments = {str(key): item for key, item in value.items()}
@@ -112,6 +115,11 @@ Teacher = Annotated[
     Component | None,
     OneOf("models", MODELS, optional=True),
     Field(description="the frozen original that defences such as fare keep to; null: the model before training"),
+]
+Adapters = Annotated[
+    dict[str, Any] | None,
+    Fields("fastmat.models.adapters:AdapterSettings", optional=True),
+    Field(description="train low-rank adapters in place of the weights; the weights written have them added"),
 ]
 Seed = Annotated[int, Field(ge=0, description="of every random draw")]
 Device = Annotated[str, Field(description="auto (a GPU when there is one), cpu, cuda or cuda:N")]
@@ -158,6 +166,7 @@ class TrainConfig(Section):
     threat: Threat = {}
     defence: DefenceChoice = Field(description="the defence")
     teacher: Teacher = None
+    adapters: Adapters = None
     train: Settings = Field(description="steps, optimiser, precision, checkpoints; its seed is the run's by default")
     seed: Seed = 0
     batch_size: TrainBatch = 128

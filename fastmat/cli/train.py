@@ -22,6 +22,7 @@ from fastmat.cli.parser import Parser
 from fastmat.cli.processes import is_first_process
 from fastmat.data.labelled import class_prompts
 from fastmat.data.retrieval import RetrievalSet
+from fastmat.models.adapters import AdapterSettings, add_adapters, merge_file
 from fastmat.training import interrupt
 from fastmat.training.loop import TrainReport, train
 from fastmat.training.settings import TrainSettings
@@ -62,6 +63,9 @@ def train_model(config: TrainConfig, out: Path, *, resume: bool = False) -> Trai
         candidate_cache=cache,
         prompts=lambda: class_prompts(dataset) if isinstance(dataset, RetrievalSet) else None,
     )
+    adapters = None if config.adapters is None else construct(AdapterSettings, config.adapters, where="adapters")
+    if adapters is not None:
+        add_adapters(model, adapters, seed=config.seed)
     batches = build_batches(
         dataset,
         model.image_transform,
@@ -79,6 +83,10 @@ def train_model(config: TrainConfig, out: Path, *, resume: bool = False) -> Trai
     except interrupt.Interrupted as stopped:
         leave(joined)
         raise Interrupted(f"saved in {stopped.checkpoint}; the same command with --resume goes on") from stopped
+    if adapters is not None and is_first_process():
+        plain_model = build_model(config.model)
+        add_adapters(plain_model, adapters)
+        merge_file(plain_model, report.weights)
     leave(joined)
     if cache and is_first_process():
         tell_candidates([(cache.hits, cache.misses)])

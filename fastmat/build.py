@@ -65,6 +65,7 @@ OBJECTIVES = {
     "margin": "fastmat.attacks.margin:Margin",
     "cosine": "fastmat.attacks.objectives:CosineToOwn",
     "kl": "fastmat.attacks.objectives:KLFromClean",
+    "kl_fused": "fastmat.attacks.fusion:KLFusedFromClean",
     "target": "fastmat.attacks.target:Target",
     "rivals": "fastmat.attacks.rivals:Rivals",
     "squared_l2": "fastmat.attacks.objectives:SquaredL2FromClean",

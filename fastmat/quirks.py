@@ -13,6 +13,7 @@
 | `one_sided_start` | False: start uniform in [-eps, eps] | True: uniform in [0, eps] | Co-Attack, Sep-Attack |
 | `clamp_start` | True: the start lies in the pixel box | False | RobustVLM's PGD, Co-Attack, Sep-Attack |
 | `last_caption_only` | False: one image against all its captions | True: one image per pair, of which the last caption's is kept | Co-Attack |
+| `raw_images` | False: whoever looks at an image, it is normalised first | True: the text search of the fusion forms sees raw pixels | Co-Attack, Sep-Attack on fusion models |
 | `zero_history` | False: the first checkpoint compares with the loss of the start | True: with 0, the last row of a buffer still empty | AutoAttack's and RobustVLM's APGD |
 | `pairs_only` | False: every caption of an image's group is its positive | True: its own alone, so images of one class repel each other's prompts | MMCoA |
 | `summed_kl` | False: KL terms are means over images, as the cross-entropy beside them | True: sums, which grow with the batch | PMG-AFT |
@@ -40,6 +41,7 @@ class Quirks:
     one_sided_start: bool = False
     clamp_start: bool = True
     last_caption_only: bool = False
+    raw_images: bool = False
     zero_history: bool = False
     pairs_only: bool = False
     summed_kl: bool = False
@@ -61,6 +63,7 @@ class Quirks:
             one_sided_start=True,
             clamp_start=False,
             last_caption_only=True,
+            raw_images=True,
             zero_history=True,
             pairs_only=True,
             summed_kl=True,

@@ -1,13 +1,14 @@
 """Co-Attack (Zhang et al., ACM MM 2022): the text first, then the image away from its clean self and from that text.
 
 Switchable quirks: the text attack's (`fastmat.attacks.bert_attack`), `mid_max_length`, `one_sided_start`,
-`clamp_start`, `last_caption_only`.
+`clamp_start`, `last_caption_only`, `raw_images`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,32 +16,37 @@ from torch import Tensor
 
 from fastmat.attacks.base import Attack
 from fastmat.attacks.draws import Draws
+from fastmat.attacks.fusion import FusedCaptions, fusion_model, kl_from, plan_of
 from fastmat.attacks.objectives import Bound, KLFromClean
 from fastmat.attacks.search import ascend, check_steps, random_start
 from fastmat.attacks.word_substitution import TextPlan, WordSubstitution
 from fastmat.errors import UserError
-from fastmat.models.protocol import VisionLanguageModel
+from fastmat.models.protocol import FusionModel, ImageState, VisionLanguageModel
 from fastmat.quirks import Quirks
 from fastmat.text.candidates import CandidateSource
+from fastmat.text.encoded import represent
 from fastmat.types import AttackContext, Batch, ThreatModel
 
 
 class CoAttack(Attack):
-    """The uni-modal form, for models with one embedding space (CLIP).
+    """Three forms, by `representation`. Each substitutes captions first, by the largest KL to what is clean; then the
+    image ascends, per caption t that the first step made, with KL(a, b) = KL(softmax(a) || softmax(b)):
 
-    1. captions are substituted by the largest KL to their clean embedding;
-    2. the image ascends KL(softmax(clean) || softmax(moved)) + alpha_cross * the mean over its adversarial captions of
-       KL(softmax(unit(caption)) || softmax(unit(moved))), on projected embeddings.
+    "embeds", for models with one embedding space (CLIP), on projected embeddings:
+        KL(clean, moved) + alpha_cross * KL(unit(t), unit(moved));
+    "cls", for ALBEF: the same on the un-projected class tokens of both encoders;
+    "fusion", for ALBEF: on the class token that an image and a text fuse to,
+        KL(fused(clean, t), fused(moved, t)) + alpha_cross * KL(fused(clean, its source), fused(moved, t)).
 
-    The paper attacks a pair; the mean over all captions of an image is this project's choice: alpha_cross weighs the
-    same however many there are. The published evaluation attacks every pair and keeps each image as crafted with its
-    last caption (`Quirks.last_caption_only`). After the image it attacks the text once more, with the same input and
-    so the same result: not repeated here. The paper's other form, on the output of a fusion encoder, weighs
-    different terms and has its own text attack; it is not part of this class, and neither are un-projected tokens.
+    Note where alpha_cross stands: that is how the published code has it. The paper attacks a pair; the mean over all
+    captions of an image is this project's choice: alpha_cross weighs the same however many there are. The published
+    evaluation attacks every pair and keeps each image as crafted with its last caption (`Quirks.last_caption_only`).
+    After the image it attacks the text once more, with the same input and so the same result: not repeated here. In the
+    fusion form an image without captions has nothing to leave, and stays at its start.
 
     steps 10, step_size 1.25 eps/steps, alpha_cross 3 as in the published code. candidates: what proposes
     substitutes; beam: texts per caption that are followed.
-    Raises UserError without a step, or with a negative step size or alpha_cross.
+    Raises UserError without a step, with a negative step size or alpha_cross, or a model that lacks the representation.
     """
 
     official = Quirks.official(text_max_length=30).but(mid_max_length=77)
@@ -53,6 +59,7 @@ class CoAttack(Attack):
         steps: int = 10,
         step_size: float | None = None,
         alpha_cross: float = 3.0,
+        representation: Literal["embeds", "cls", "fusion"] = "embeds",
         beam: int = 1,
         quirks: Quirks | None = None,
         seed: int = 0,
@@ -64,13 +71,14 @@ class CoAttack(Attack):
         self.steps = steps
         self.step_size = 1.25 * threat.eps / steps if step_size is None else step_size
         self.alpha_cross = alpha_cross
+        self.representation: Literal["embeds", "cls", "fusion"] = representation
         self.quirks = quirks or Quirks()
         self.words = WordSubstitution(
             candidates=candidates,
             max_words=threat.max_words,
             choice="kl",
-            importance="embeds",
-            compare="embeds",
+            importance=representation,
+            compare=representation,
             beam=beam,
             quirks=self.quirks,
         )
@@ -78,7 +86,7 @@ class CoAttack(Attack):
     def run(
         self, model: VisionLanguageModel, batch: Batch, context: AttackContext, draws: Draws
     ) -> tuple[Tensor, tuple[str, ...]]:
-        plan = self.words.plan(model, batch.texts)
+        plan = plan_of(self.words, model, batch)
         texts = self.words.search(model, plan)
         value = self.bind(model, batch, context, texts, plan)
         quirks = self.quirks
@@ -101,14 +109,59 @@ class CoAttack(Attack):
         plan: TextPlan | None = None,
     ) -> Bound:
         """What step 2 ascends, against the adversarial `texts` [T] of `batch`: image state to [B] values."""
-        owner = batch.txt2img
-        captions = self.words.features(model, texts, max_length=self.quirks.mid_max_length, plan=plan)
-        if self.quirks.last_caption_only:
-            last = {image: t for t, image in enumerate(owner.tolist())}
-            captions, owner = captions[list(last.values())], torch.tensor(list(last), device=owner.device)
-        from_clean = KLFromClean().bind(model, batch, context)
+        if self.representation == "fusion":
+            return self._bind_fused(fusion_model(model), batch, texts)
+        from_clean = KLFromClean(representation=self.representation).bind(model, batch, context)
+        own, owner = self._judging(batch)
+        captions = self._captions(model, texts, plan)[own]
         from_captions = mean_kl_from(captions, owner, len(batch))
-        return lambda state: from_clean(state) + self.alpha_cross * from_captions(state.features)
+        return lambda state: from_clean(state) + self.alpha_cross * from_captions(self._unit(state, captions))
+
+    def _bind_fused(self, model: FusionModel, batch: Batch, texts: Sequence[str]) -> Bound:
+        own, owner = self._judging(batch)
+        length, count = self.quirks.mid_max_length, len(batch)
+        source, moved = (
+            FusedCaptions(model, self.words.read(model, [of[t] for t in own], max_length=length), owner, count)
+            for of in (batch.texts, texts)
+        )
+        with torch.no_grad():
+            image = model.encode_image(batch.images)
+            clean, crossed = source(image).softmax(-1), moved(image).softmax(-1)
+
+        def value(state: ImageState) -> Tensor:
+            fused = moved(state)
+            return moved.mean(kl_from(crossed, fused) + self.alpha_cross * kl_from(clean, fused))
+
+        return value
+
+    def _judging(self, batch: Batch) -> tuple[list[int], Tensor]:
+        """The captions that the image is moved away from, and their images [T]."""
+        owner = batch.txt2img
+        if not self.quirks.last_caption_only:
+            return list(range(len(owner))), owner
+        last = {image: t for t, image in enumerate(owner.tolist())}
+        return list(last.values()), torch.tensor(list(last), device=owner.device)
+
+    def _captions(self, model: VisionLanguageModel, texts: Sequence[str], plan: TextPlan | None) -> Tensor:
+        """[T, D] unit rows, of the representation."""
+        length = self.quirks.mid_max_length
+        if self.representation == "embeds":
+            return self.words.features(model, texts, max_length=length, plan=plan)
+        with torch.no_grad():
+            tokens = self.words.read(model, texts, max_length=length).to(model.logit_scale.device)
+            return F.normalize(represent(model.encode_text(tokens), self.representation), dim=-1)
+
+    def _unit(self, state: ImageState, captions: Tensor) -> Tensor:
+        """[B, D] unit rows, to compare with those of captions."""
+        if self.representation == "embeds":
+            return state.features
+        rows = F.normalize(represent(state, self.representation), dim=-1)
+        if rows.shape[1] != captions.shape[1]:
+            raise UserError(
+                f"representation 'cls' compares class tokens, but the image encoder's are {rows.shape[1]} wide and the "
+                f"text encoder's {captions.shape[1]}; use 'embeds' or 'fusion'"
+            )
+        return rows
 
 
 def mean_kl_from(targets: Tensor, owner: Tensor, count: int) -> Callable[[Tensor], Tensor]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from fastmat.attacks.folding import folded
 from fastmat.errors import UserError
-from fastmat.models.protocol import ImageState, TextPrefixes, VisionLanguageModel
+from fastmat.models.protocol import FusionState, ImageState, TextPrefixes, VisionLanguageModel
 
 Precision = Literal["fp32", "bf16"]
 
@@ -49,7 +49,7 @@ class Engine:
             raise UserError(f"micro_batch must be at least 1, got {self.micro_batch}")
 
 
-ENCODERS = ("encode_image", "encode_text", "text_prefixes", "continue_text")
+ENCODERS = ("encode_image", "encode_text", "text_prefixes", "continue_text", "fuse")
 
 _active: ContextVar[Engine | None] = ContextVar("engine", default=None)
 
@@ -98,9 +98,11 @@ def _executed(model: VisionLanguageModel, encode: Callable[..., Any], device: st
 
 
 def in_fp32(state: Any) -> Any:
-    """An image or text state in fp32; keys and values of a prefix stay what the encoder made them."""
+    """An image, text or fused state in fp32; keys and values of a prefix stay what the encoder made them."""
     if state is None:
         return None
+    if isinstance(state, FusionState):
+        return state._replace(tokens=state.tokens.float(), itm_logits=state.itm_logits.float())
     if isinstance(state, TextPrefixes):
         return state._replace(state=in_fp32(state.state))
     return state._replace(

@@ -17,6 +17,7 @@ from fastmat.attacks.base import text_features
 from fastmat.errors import UserError
 from fastmat.models.protocol import ImageState, VisionLanguageModel
 from fastmat.ops import contrastive_statistics, cosine_to_set
+from fastmat.text.encoded import represent
 from fastmat.types import AttackContext, Batch
 
 Bound = Callable[[ImageState], Tensor]
@@ -86,12 +87,24 @@ class CosineToOwn:
 
 
 class KLFromClean:
-    """Uni-modal: KL(softmax(clean embedding) || softmax(embedding)), un-normalised (Co-Attack and Sep-Attack)."""
+    """Uni-modal: KL(softmax(clean embedding) || softmax(embedding)), un-normalised (Co-Attack and Sep-Attack).
+
+    representation: "embeds" for CLIP; "cls" is the un-projected class token of ALBEF's image encoder, "tokens" all.
+    Raises UserError where images have no tokens, or no class token among them.
+    """
+
+    def __init__(self, *, representation: Literal["features", "embeds", "tokens", "cls"] = "embeds") -> None:
+        self.representation = representation
 
     def bind(self, model: VisionLanguageModel, batch: Batch, context: AttackContext) -> Bound:
+        what = self.representation
+        if what == "cls" and not hasattr(model, "fuse"):
+            raise UserError(
+                f"the image tokens of {type(model).__name__} begin with no class token; use 'embeds' instead of 'cls'"
+            )
         with torch.no_grad():
-            target = model.encode_image(batch.images).embeds.softmax(-1)
-        return lambda state: F.kl_div(state.embeds.log_softmax(-1), target, reduction="none").sum(-1)
+            target = represent(model.encode_image(batch.images), what).softmax(-1)
+        return lambda state: F.kl_div(represent(state, what).log_softmax(-1), target, reduction="none").sum(-1)
 
 
 class SquaredL2FromClean:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastmat.attacks.base import Attack
 from fastmat.attacks.draws import Draws
+from fastmat.attacks.fusion import KLFusedFromClean, plan_of
 from fastmat.attacks.objectives import KLFromClean
 from fastmat.attacks.pgd import PGD
 from fastmat.attacks.search import check_steps
@@ -21,9 +22,10 @@ from fastmat.types import AttackContext, Batch, ThreatModel
 class SepAttack(Attack):
     """Image: PGD on KL(softmax(clean embedding) || softmax(embedding)). Text: substitution by the largest KL.
 
-    steps 10, step_size 1.25 eps/steps as in the published code. representation: what the text's KL compares
-    ("embeds" for CLIP; "cls" or "tokens" for models whose text embedding is the token sequence).
-    Raises UserError without a step or with a negative step size.
+    steps 10, step_size 1.25 eps/steps as in the published code. representation: what both KLs compare: "embeds" for
+    CLIP; for ALBEF "cls", the un-projected class tokens of both encoders, or "fusion", the class token that image and
+    text fuse to (each modality is attacked beside the clean other one; an image without captions stays at its start).
+    Raises UserError without a step, with a negative step size, or for a model that has no such representation.
     """
 
     official = Quirks.official(text_max_length=30)
@@ -44,7 +46,7 @@ class SepAttack(Attack):
         check_steps(steps, step_size)  # before dividing by it
         self.image = PGD(
             threat=threat,
-            objective=KLFromClean(),
+            objective=KLFusedFromClean() if representation == "fusion" else KLFromClean(representation=representation),
             steps=steps,
             step_size=1.25 * threat.eps / steps if step_size is None else step_size,
             quirks=quirks,
@@ -62,6 +64,6 @@ class SepAttack(Attack):
     def run(
         self, model: VisionLanguageModel, batch: Batch, context: AttackContext, draws: Draws
     ) -> tuple[Tensor, tuple[str, ...]]:
-        texts = self.words.search(model, self.words.plan(model, batch.texts), None)
+        texts = self.words.search(model, plan_of(self.words, model, batch), None)
         images, _ = self.image.run(model, batch, context, draws)
         return images, texts

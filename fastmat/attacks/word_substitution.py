@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmat.errors import UserError
-from fastmat.models.protocol import VisionLanguageModel
+from fastmat.models.protocol import TextTokens, VisionLanguageModel, token_batch
 from fastmat.quirks import Quirks
 from fastmat.text.candidates import CandidateSource, Found
 from fastmat.text.encoded import EncodedTexts, Representation, represent
+from fastmat.text.fused import FusedTexts
 from fastmat.text.screening import estimates
 from fastmat.text.spelling import UNKNOWN, Ids, RoundTrip, Speller
 
@@ -33,7 +34,7 @@ class TextPlan:
 
     words: the captions split on blanks; ids: as the victim reads them. candidates: word index to substitutes, best
     first. importance: word index to KL(clean || masked). order: word indices by decreasing importance.
-    encoded: the victim's view of every text met; speller: how it reads.
+    encoded: the victim's view of every text met, alone or beside its image; speller: how it reads.
     """
 
     texts: tuple[str, ...]
@@ -43,7 +44,7 @@ class TextPlan:
     importance: tuple[dict[int, float], ...]
     order: tuple[tuple[int, ...], ...]
     speller: Speller
-    encoded: EncodedTexts
+    encoded: EncodedTexts | FusedTexts
 
 
 class Draft(NamedTuple):
@@ -61,7 +62,8 @@ class WordSubstitution:
     candidates: what proposes substitutes.
     choice: "cosine" takes the text least similar to its guide; "kl" the one farthest from the clean caption.
     importance: the representation on which a word's importance is measured; compare: the one of choice "kl".
-        SGA: "features"; Co-Attack and Sep-Attack: "embeds" for CLIP, "cls" or "tokens" for BERT towers.
+        SGA: "features"; Co-Attack and Sep-Attack: "embeds" for CLIP, "cls" or "tokens" for BERT towers, "fusion" (then
+        both, and only with choice "kl") for what a fusion encoder makes of a caption beside its image.
     beam: texts per caption that are followed from word to word; 1, as published, follows the best one. The best text of
         the last beam is returned: with more than one word to spend, a wider beam can find pairs of words that are
         harmful together, at up to `beam` times the cost.
@@ -88,6 +90,9 @@ class WordSubstitution:
         for name, value in (("importance", importance), ("compare", compare)):
             if value not in get_args(Representation):
                 raise UserError(f"{name} must be one of {', '.join(get_args(Representation))}, got {value!r}")
+        judged: Representation = "features" if choice == "cosine" else compare
+        if (importance == "fusion") != (judged == "fusion"):
+            raise UserError("'fusion' needs choice 'kl', and stands for both importance and compare or for neither")
         if beam < 1:
             raise UserError(f"beam must be at least 1, got {beam}")
         if screen is not None and screen < 1:
@@ -103,17 +108,26 @@ class WordSubstitution:
         self.max_words = max_words
         self.choice = choice
         self.importance: Representation = importance
-        self.judged: Representation = "features" if choice == "cosine" else compare
+        self.judged = judged
         self.beam = beam
         self.screen = screen
 
     @torch.no_grad()
-    def plan(self, model: VisionLanguageModel, texts: Sequence[str]) -> TextPlan:
-        """Candidates and word importance of T captions, each in a few large batches."""
+    def plan(self, model: VisionLanguageModel, texts: Sequence[str], *, fused: FusedTexts | None = None) -> TextPlan:
+        """Candidates and word importance of T captions, each in a few large batches.
+
+        fused: the captions beside their images, needed by "fusion" alone.
+        """
         words = tuple(tuple(text.split(" ")) for text in texts)
         candidates = self.candidates(texts, quirks=self.quirks) if self.max_words else [{} for _ in texts]
         speller = self._speller(model)
-        encoded = EncodedTexts(model, parts=(self.importance, self.judged), length=speller.max_length)
+        encoded: EncodedTexts | FusedTexts
+        if self.judged != "fusion":
+            encoded = EncodedTexts(model, parts=(self.importance, self.judged), length=speller.max_length)
+        elif fused is not None:
+            encoded = fused
+        else:
+            raise UserError("'fusion' needs an image beside each caption, which co_attack, sep and bert_attack give")
         ids = tuple(speller.ids(of) for of in words)
         importance = self._importance(words, ids, candidates, speller, encoded)
         return TextPlan(
@@ -140,7 +154,8 @@ class WordSubstitution:
             raise ValueError(f"choice 'cosine' needs a guide with {len(plan.texts)} rows, one per caption")
         if self.max_words == 0 or not any(plan.order):
             return plan.texts
-        reference = guide if self.choice == "cosine" else plan.encoded(plan.ids)[self.judged]
+        clean = range(len(plan.ids))
+        reference = guide if self.choice == "cosine" else seen(plan.encoded, plan.ids, clean, plan.ids)[self.judged]
         assert reference is not None
         beams = [[Draft(words, ids, 0)] for words, ids in zip(plan.words, plan.ids, strict=True)]
         for tried in range(max(map(len, plan.order))):
@@ -176,10 +191,17 @@ class WordSubstitution:
         """
         speller = self._speller(model, max_length)
         rows = [speller.ids(text.split(" ")) for text in texts]
-        if plan is None or {"tokens", "cls"} & set(plan.encoded.parts):
+        if plan is None or isinstance(plan.encoded, FusedTexts) or {"tokens", "cls"} & set(plan.encoded.parts):
             return EncodedTexts(model, parts=("features",), length=speller.max_length)(rows)["features"]
         known = plan.encoded(rows, base=plan.ids)
         return known["features"] if "features" in known else F.normalize(known["embeds"], dim=-1)
+
+    def read(self, model: VisionLanguageModel, texts: Sequence[str], *, max_length: int | None = None) -> TextTokens:
+        """The tokens of T texts as this search's victim reads them; max_length: as in `features`."""
+        speller = self._speller(model, max_length)
+        tokenizer = model.tokenizer
+        length = model.context_length if tokenizer.pad_to_context else None
+        return token_batch([speller.ids(text.split(" ")) for text in texts], pad_id=tokenizer.pad_id, length=length)
 
     def _options(self, plan: TextPlan, t: int, word: int, drafts: Sequence[Draft]) -> list[Draft]:
         """Each draft of caption t as it is, followed by what may become of it."""
@@ -224,7 +246,7 @@ class WordSubstitution:
         """What is maximised, of every option of every active caption."""
         owners = [t for t, of in zip(active, options, strict=True) for _ in of]
         texts = [draft.ids for of in options for draft in of]
-        rows = plan.encoded(texts, base=[plan.ids[t] for t in owners])[self.judged]
+        rows = seen(plan.encoded, plan.ids, owners, texts)[self.judged]
         own = reference[torch.tensor(owners, device=rows.device)]
         scores = self._score(rows, own).tolist()
         start = 0
@@ -247,19 +269,30 @@ class WordSubstitution:
         ids: Sequence[Ids],
         candidates: Sequence[Found],
         speller: Speller,
-        encoded: EncodedTexts,
+        encoded: EncodedTexts | FusedTexts,
     ) -> list[dict[int, float]]:
         """Word index to importance, for the words that have candidates: no other can be substituted."""
         masked = [(t, i) for t, of in enumerate(candidates) for i in sorted(of)]
         found: list[dict[int, float]] = [{} for _ in words]
         if not masked:
             return found
-        base = [ids[t] for t, _ in masked]
-        variants = encoded([speller.variants(words[t], i, (UNKNOWN,))[0] for t, i in masked], base=base)
-        values = kl_divergence(encoded(base)[self.importance], variants[self.importance]).tolist()
+        captions = [t for t, _ in masked]
+        variants = [speller.variants(words[t], i, (UNKNOWN,))[0] for t, i in masked]
+        other = seen(encoded, ids, captions, variants)[self.importance]
+        clean = seen(encoded, ids, captions, [ids[t] for t in captions])[self.importance]
+        values = kl_divergence(clean, other).tolist()
         for (t, i), value in zip(masked, values, strict=True):
             found[t][i] = value
         return found
+
+
+def seen(
+    encoded: EncodedTexts | FusedTexts, ids: Sequence[Ids], captions: Sequence[int], texts: Sequence[Ids]
+) -> dict[Representation, Tensor]:
+    """What the victim makes of each text, which is a variant of caption `captions[n]`; ids: of all captions."""
+    if isinstance(encoded, FusedTexts):
+        return encoded(texts, captions)
+    return encoded(texts, base=[ids[t] for t in captions])
 
 
 def kl_divergence(clean: Tensor, other: Tensor) -> Tensor:

@@ -16,21 +16,26 @@ from torch import Tensor
 
 from fastmat.errors import UserError
 from fastmat.memory import Chunks
-from fastmat.models.protocol import PrefixModel, TextPrefixes, TextState, VisionLanguageModel, token_batch
+from fastmat.models.protocol import ImageState, PrefixModel, TextPrefixes, TextState, VisionLanguageModel, token_batch
 from fastmat.text.spelling import Ids, shared
 
-Representation = Literal["features", "embeds", "tokens", "cls"]
+Representation = Literal["features", "embeds", "tokens", "cls", "fusion"]
 Parts = dict[Representation, Tensor]
 
 
-def represent(state: TextState, what: Representation) -> Tensor:
-    """[T, D]: unit features, projected embeddings, all tokens (padding too) in one row, or the first token."""
+def represent(state: TextState | ImageState, what: Representation) -> Tensor:
+    """[T, D]: unit features, projected embeddings, all tokens (padding too) in one row, or the first token.
+
+    "fusion" is of a text and an image together, never of one state (`fastmat.text.fused`).
+    """
     if what == "features":
         return state.features
     if what == "embeds":
         return state.embeds
+    assert what != "fusion"
     if state.tokens is None:
-        raise UserError(f"the text tower gives no token sequence; use 'features' or 'embeds' instead of {what!r}")
+        tower = "image" if isinstance(state, ImageState) else "text"
+        raise UserError(f"the {tower} tower gives no token sequence; use 'features' or 'embeds' instead of {what!r}")
     return state.tokens[:, 0] if what == "cls" else state.tokens.flatten(1)
 
 

@@ -4,6 +4,7 @@ fastmat bench ops
 fastmat bench ops --device cpu --only pgd contrastive
 fastmat bench attacks --only sga --model FOLDER --mlm FOLDER --data test.json --images 16
 fastmat bench attacks --only pgd --peer CHECKOUT --peer-python OTHER/bin/python
+fastmat bench scaling
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from fastmat.benchmarks.attacks.names import NAMES
 from fastmat.benchmarks.harness import QualityError
 from fastmat.benchmarks.plot import write_plots
 from fastmat.benchmarks.rows import read_rows
+from fastmat.benchmarks.scaling.names import NAMES as SCALING
 from fastmat.benchmarks.suite import BENCHES, run_cases
 from fastmat.benchmarks.table import for_terminal, newest_runs, write_page
 from fastmat.build import resolve_device
@@ -25,7 +27,7 @@ from fastmat.cli.common import Interrupted
 from fastmat.cli.parser import Parser
 from fastmat.errors import UserError, nearest
 
-SUITES = {"ops": BENCHES, "attacks": NAMES}
+SUITES = {"ops": BENCHES, "attacks": NAMES, "scaling": SCALING}
 ATTACKS_ALONE = ("model", "mlm", "data", "images", "peer", "peer_python")
 
 
@@ -55,8 +57,8 @@ def run(arguments: argparse.Namespace) -> None:
     check(arguments)
     device = resolve_device(arguments.device)
     place = "runs/bench" if arguments.short else f"benchmarks/results/{arguments.suite}"
-    if arguments.short and arguments.suite == "attacks":
-        place += "-attacks"  # rows of another kind
+    if arguments.short and arguments.suite != "ops":
+        place += f"-{arguments.suite}"  # rows of another kind
     out = arguments.out or Path(place)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
@@ -64,6 +66,10 @@ def run(arguments: argparse.Namespace) -> None:
         from fastmat.benchmarks.attacks import command  # with transformers, which the operators do without
 
         known, show, measure = command.known_rows, command.show, measure_attacks
+    elif arguments.suite == "scaling":
+        from fastmat.benchmarks.scaling import command as scaling
+
+        known, show, measure = scaling.known_rows, scaling.show, measure_scaling
     else:
         known, show, measure = read_rows, show_ops, measure_ops
     rows_file = out / "rows.jsonl"
@@ -147,6 +153,20 @@ def measure_attacks(
         torch.backends.cudnn.allow_tf32 = False
     command.measure_attacks(
         request, rows_file, tell=lambda title: print(f"measuring {title}", file=sys.stderr), refused=refused
+    )
+
+
+def measure_scaling(
+    arguments: argparse.Namespace, device: torch.device, rows_file: Path, refused: list[QualityError]
+) -> None:
+    from fastmat.benchmarks.scaling import command
+
+    command.measure(
+        arguments.only,
+        rows_file,
+        short=arguments.short,
+        command=command_of(arguments),
+        tell=lambda title: print(f"measuring {title}", file=sys.stderr),
     )
 
 

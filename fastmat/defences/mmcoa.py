@@ -88,7 +88,8 @@ class MMCoA:
 
     def loss(self, features: Features) -> dict[str, Tensor]:
         if self.quirks.pairs_only:
-            # Positions in the set, so that no image of another process has the same.
+            if features.everyone is not None:
+                raise UserError("the quirk pairs_only is for one process, as the published code: run without others")
             own = features.targets
             features = replace(features, group=own["index"], text_group=own["text_index"])
         # `contrastive_between` is the mean of both directions.

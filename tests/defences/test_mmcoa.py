@@ -26,7 +26,7 @@ def both_directions(model, images, texts, image_group, text_group):
     """CE(image to text) + CE(text to image), the target uniform over positives; row by row in fp64."""
     image = model.encode_image(images).features.double()
     text = torch.cat([model.encode_text(model.tokenize([t])).features for t in texts]).double()
-    logits = float(model.logit_scale) * image @ text.T
+    logits = model.logit_scale.item() * image @ text.T
 
     def mean_ce(rows, row_group, column_group):
         each = [-(row.log_softmax(0)[column_group == own]).mean() for row, own in zip(rows, row_group, strict=True)]

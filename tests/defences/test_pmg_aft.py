@@ -57,7 +57,7 @@ def test_on_classes_it_is_the_published_formula(summed, cosine):
     terms = defence.loss(encode_views(student, student, views, batch))
 
     columns = class_features(student)
-    scale = 1.0 if cosine else float(student.logit_scale)
+    scale = 1.0 if cosine else student.logit_scale.item()
     adv = probabilities(student, views.images["adv"], columns, scale)
     clean = probabilities(student, batch.images, columns, scale)
     guide = probabilities(teacher, views.images["adv"], columns, scale)
@@ -81,7 +81,7 @@ def test_on_captions_predictions_run_over_the_captions_of_the_batch():
     views = defence.perturb(student, batch, SeededDraws(0))
     features = encode_views(student, student, views, batch)
     terms = defence.loss(features)
-    columns, scale = student.encode_text(student.tokenize(batch.texts)).features, float(student.logit_scale)
+    columns, scale = student.encode_text(student.tokenize(batch.texts)).features, student.logit_scale.item()
     adv = probabilities(student, views.images["adv"], columns, scale)
     guide = probabilities(teacher, views.images["adv"], columns, scale)  # the text tower is the same
     clean = probabilities(student, batch.images, columns, scale)

@@ -13,7 +13,7 @@ from fastmat.training.forward import encode_views
 
 def cross_entropy(model, images):
     """Mean over images of -log softmax(logit_scale * cosine) at the label, in fp64."""
-    classes, scale = class_features(model).double(), float(model.logit_scale)
+    classes, scale = class_features(model).double(), model.logit_scale.item()
     features = model.encode_image(images).features.double()
     total = 0.0
     for row, label in zip(features, LABELS, strict=True):

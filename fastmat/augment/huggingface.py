@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,8 +33,9 @@ def load_pretrained(classes: tuple[str, ...], path: str) -> tuple[Any, ...]:
 
 
 def named_model(path: str, *modules: nn.Module) -> str:
-    """Path and the beginning of the sha256 of the weights."""
-    return " ".join([path, *(f"sha256:{weights_hash(module)[:16]}" for module in modules)])
+    """Hub id, or name of the folder, and the beginning of the sha256 of the weights."""
+    name = Path(path).resolve().name if Path(path).is_dir() else path
+    return " ".join([name, *(f"sha256:{weights_hash(module)[:16]}" for module in modules)])
 
 
 @torch.no_grad()

@@ -7,13 +7,21 @@ accelerate launch $(which fastmat) train --config clip-vit-b16-flickr30k-train -
 from __future__ import annotations
 
 import argparse
+import signal
 from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
-from fastmat.build import build_batches, build_defence, build_model, build_threat, build_training_data, construct
+from fastmat.build import (
+    build_augmentation,
+    build_batches,
+    build_defence,
+    build_model,
+    build_threat,
+    build_training_data,
+    construct,
+)
 from fastmat.cli.common import Interrupted, MlmLoader, add_config_arguments, check_out, open_candidates, tell_candidates
 from fastmat.cli.config import TrainConfig
 from fastmat.cli.keys import describe
@@ -24,7 +32,9 @@ from fastmat.data.labelled import class_prompts
 from fastmat.data.retrieval import RetrievalSet
 from fastmat.models.adapters import AdapterSettings, add_adapters, merge_file
 from fastmat.training import interrupt
-from fastmat.training.loop import TrainReport, train
+from fastmat.training.engine import make_accelerator
+from fastmat.training.loop import TrainReport, never_saved, train
+from fastmat.training.peers import PeerLost, noticing_loss
 from fastmat.training.settings import TrainSettings
 
 SPEED_KEYS = ("workers", "candidate_cache")
@@ -37,18 +47,28 @@ def add_arguments(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     config = load_config(TrainConfig, arguments.config, arguments.settings)
-    report = train_model(config, arguments.out, resume=arguments.resume)
+    try:
+        report = train_model(config, arguments.out, resume=arguments.resume)
+    except interrupt.Interrupted as stopped:  # SIGTERM: what a scheduler asks for is done, and is no error
+        if is_first_process():
+            print(f"stopped; saved in {stopped.checkpoint}; the same command with --resume goes on")
+        return
     if is_first_process():
         print(f"{report.steps} steps of {config.defence.name}, {report.pairs_per_s:.1f} pairs/s: {report.weights}")
 
 
 def train_model(config: TrainConfig, out: Path, *, resume: bool = False) -> TrainReport:
-    """Train as `config` says; `out/model.safetensors` are the weights."""
+    """Train as `config` says; `out/model.safetensors` are the weights.
+
+    Raises `fastmat.cli.common.Interrupted` after Ctrl-C and where another process ended, `interrupt.Interrupted` after
+    SIGTERM.
+    """
     threat = build_threat(config.threat)
     settings = construct(TrainSettings, config.train, where="train", given={"seed": lambda: config.seed})
-    check_out(out, resume=resume, sign="checkpoints")
+    if not never_saved(out):
+        check_out(out, resume=resume, sign="checkpoints")
     joined = torch.distributed.is_initialized()
-    accelerator = Accelerator(mixed_precision="no")
+    accelerator = make_accelerator()
     dataset = build_training_data(config.data, limit=config.limit)
     model = build_model(config.model)
     mlm = MlmLoader(config.mlm, accelerator.device)
@@ -74,15 +94,29 @@ def train_model(config: TrainConfig, out: Path, *, resume: bool = False) -> Trai
         seed=config.seed,
         workers=config.workers,
     )
+    augment = build_augmentation(config.augment, dataset)
     told = {key: value for key, value in plain(config).items() if key not in ("train", *SPEED_KEYS)}
     told |= {"data_fingerprint": dataset.fingerprint(), "mlm_sha256": mlm.sha256}
     try:
-        report = train(
-            model, defence, batches, settings=settings, out=out, resume=resume, config=told, accelerator=accelerator
-        )
+        with noticing_loss():
+            report = train(
+                model,
+                defence,
+                batches,
+                settings=settings,
+                out=out,
+                resume=resume,
+                config=told,
+                augment=augment,
+                accelerator=accelerator,
+            )
     except interrupt.Interrupted as stopped:
         leave(joined)
+        if stopped.asked_by == signal.SIGTERM:
+            raise
         raise Interrupted(f"saved in {stopped.checkpoint}; the same command with --resume goes on") from stopped
+    except PeerLost as lost:
+        raise Interrupted(f"{lost}; the same command with --resume goes on from the last checkpoint") from lost
     if adapters is not None and is_first_process():
         plain_model = build_model(config.model)
         add_adapters(plain_model, adapters)

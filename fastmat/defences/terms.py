@@ -1,19 +1,52 @@
-"""Loss terms that several defences share."""
+"""Loss terms that several defences share: over the batch of all processes, whoever holds which part of it."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from fastmat.defences.base import Features
-from fastmat.ops import contrastive_loss
+from fastmat.ops import contrastive_loss, contrastive_rows
 
 
 def contrastive_between(features: Features, images: str, texts: str) -> Tensor:
-    """Symmetric multi-positive InfoNCE between one view of the images and one of the texts (scalar)."""
-    return contrastive_loss(
+    """Symmetric multi-positive InfoNCE between one view of the images and one of the texts (scalar).
+
+    With several processes: this process's rows against the columns of all, such that the mean over the processes, and
+    of its gradients, is that of one process with the whole batch.
+    """
+    if features.everyone is None:
+        return contrastive_loss(
+            features.images[images].features,
+            features.texts[texts].features,
+            features.logit_scale,
+            image_group=features.group,
+            text_group=features.text_group,
+        )
+    every = features.everyone()
+    of_images = contrastive_rows(
         features.images[images].features,
-        features.texts[texts].features,
+        every.texts[texts],
         features.logit_scale,
-        image_group=features.group,
-        text_group=features.text_group,
+        row_group=features.group,
+        column_group=every.text_group,
     )
+    of_texts = contrastive_rows(
+        features.texts[texts].features,
+        every.images[images],
+        features.logit_scale,
+        row_group=features.text_group,
+        column_group=every.group,
+    )
+    return (of_images.mean() + mean_over_texts(features, of_texts)) / 2
+
+
+def mean_over_texts(features: Features, values: Tensor) -> Tensor:
+    """The mean of values [T], one per text, weighted such that the mean over the processes is that over all texts.
+
+    Processes hold equally many images but not always equally many texts, so a plain mean would be another one.
+    """
+    if features.everyone is None:
+        return values.mean()
+    every = features.everyone()
+    processes = len(every.group) // len(features.group)
+    return values.sum() * (processes / len(every.text_group))

@@ -1,9 +1,11 @@
 """Checkpoints: whole or absent, checked by sha256, enough to continue bit for bit.
 
-One folder per checkpoint, `checkpoints/step-00000500/`: weights.safetensors, optimizer.pt, state.json (steps done, what
-the run was told) and manifest.json (sha256 of the others). It is written under another name, flushed, then renamed.
-The number of steps done is also the state of the schedule, of the data and of every random stream, because the loop
-makes all three functions of (seed, step). Nothing is unpickled: tensors and plain values only.
+One folder per checkpoint, `checkpoints/step-00000500/`: weights.safetensors, optimizer.safetensors, state.json (steps
+done, what the run was told, who wrote it) and manifest.json (sha256 of the others). It is written under another name,
+flushed, then renamed. The number of steps done is also the state of the schedule, of the data and of every random
+stream, because the loop makes all three functions of (seed, step). Weights and optimiser are whole and named by
+parameter, whatever engine trained them, so another engine or another number of processes can go on with them.
+Nothing is unpickled: tensors and plain values only.
 """
 
 from __future__ import annotations
@@ -17,31 +19,35 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from torch import nn
+from safetensors import SafetensorError
+from torch import Tensor
 
 from fastmat.errors import UserError
-from fastmat.models.weights import load_weights, read_plain, save_weights
+from fastmat.models.weights import read_state, save_state
+
+BEST = "best"  # a file beside the checkpoints: the name of the one that is kept, however old
 
 
 def save_checkpoint(
     folder: Path,
     *,
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    weights: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
     state: Mapping[str, Any],
     keep_last: int,
 ) -> Path:
-    """Write `folder/step-N` for `state["step"]` = N and drop all but the newest `keep_last`. Every process calls it."""
+    """Write `folder/step-N` for `state["step"]` = N; of the others, the newest and the best stay, `keep_last` and one.
+
+    weights, moments: of an engine. One process calls it. Raises UserError where it cannot be written, naming the last
+    good checkpoint; then nothing is left of it.
+    """
     target = folder / f"step-{state['step']:08d}"
     partial = folder / f".{target.name}.partial"
-    if accelerator.is_main_process:
+    try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_weights(model, partial / "weights.safetensors")
-        torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+        save_state(weights, partial / "weights.safetensors")
+        save_state(moments, partial / "optimizer.safetensors")
         (partial / "state.json").write_text(json.dumps(state, indent=1))
         manifest = {path.name: sha256(path) for path in sorted(partial.iterdir())}
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -50,10 +56,33 @@ def save_checkpoint(
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         flush(folder)
-        for old in checkpoints(folder)[:-keep_last]:
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        last = checkpoints(folder)[-1:]
+        raise UserError(
+            f"checkpoint {target} could not be written ({error}); "
+            f"{f'the last good one is {last[0]}' if last else 'there is none before it'}; make room and resume"
+        ) from error
+    kept = best_checkpoint(folder)
+    for old in checkpoints(folder)[:-keep_last]:
+        if old != kept:
             shutil.rmtree(old)
-    accelerator.wait_for_everyone()
     return target
+
+
+def mark_best(checkpoint: Path) -> None:
+    """Keep `checkpoint`, and no longer the one that was marked before."""
+    partial = checkpoint.parent / f".{BEST}.partial"
+    partial.write_text(checkpoint.name)
+    flush(partial)
+    partial.replace(checkpoint.parent / BEST)
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    """The marked one; None where none is, or it is gone."""
+    mark = folder / BEST
+    found = folder / mark.read_text() if mark.is_file() else None
+    return found if found is not None and found.is_dir() else None
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -95,10 +124,9 @@ def read_run_state(path: Path, told: Mapping[str, Any]) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Weights and optimiser, in place. Raises UserError where they do not fit."""
-    load_weights(model, path / "weights.safetensors")
-    optimizer.load_state_dict(read_plain(path / "optimizer.pt"))
+def read_moments(path: Path) -> dict[str, Tensor]:
+    """The optimiser's state, as an engine gave it."""
+    return read_state(path / "optimizer.safetensors")
 
 
 def differences(then: Any, now: Any, key: str = "") -> list[str]:

@@ -1,4 +1,4 @@
-"""Ctrl-C during training: finish the batch, save, say how to go on."""
+"""Ctrl-C and SIGTERM during training: finish the batch, save, say how to go on."""
 
 from __future__ import annotations
 
@@ -11,28 +11,36 @@ from types import FrameType
 
 
 class Interrupted(Exception):
-    """Training was asked to stop and did; `checkpoint` is where it can be resumed from."""
+    """Training was asked to stop and did; `checkpoint` is where it can be resumed from.
 
-    def __init__(self, checkpoint: Path) -> None:
+    asked_by: the signal: SIGINT (Ctrl-C), or SIGTERM, which schedulers send before they kill.
+    """
+
+    def __init__(self, checkpoint: Path, asked_by: signal.Signals = signal.SIGINT) -> None:
         super().__init__(f"interrupted; the state is saved in {checkpoint}")
         self.checkpoint = checkpoint
+        self.asked_by = asked_by
 
 
 @contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C only makes the yielded function return True; the second one interrupts as usual."""
+def interruptible(number: signal.Signals = signal.SIGINT) -> Iterator[Callable[[], bool]]:
+    """Inside, the first such signal only makes the yielded function return True.
+
+    A second Ctrl-C acts as usual. A second SIGTERM changes nothing, since a scheduler and a launcher may both send it.
+    """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set  # signals reach the main thread only
         return
-    previous = signal.getsignal(signal.SIGINT)
+    previous = signal.getsignal(number)
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def note(signum: int, frame: FrameType | None) -> None:
         asked.set()
-        signal.signal(signal.SIGINT, previous)
+        if number == signal.SIGINT:
+            signal.signal(number, previous)
 
-    signal.signal(signal.SIGINT, note)
+    signal.signal(number, note)
     try:
         yield asked.is_set
     finally:
-        signal.signal(signal.SIGINT, previous)
+        signal.signal(number, previous)

@@ -55,11 +55,19 @@ class StepLog:
             "seconds": round(now - self._began, 3),
             "pairs_per_s": round(rate, 2),
         }
+        self._append(line)
+        return line
+
+    def note(self, step: int, line: Mapping[str, Any] | None) -> None:
+        """A line of another kind after `step` steps; None: no line."""
+        if line is not None:
+            self._append({"step": step, **line})
+
+    def _append(self, line: Mapping[str, Any]) -> None:
         if self.enabled:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
-        return line
 
 
 def _finite(value: float) -> float | None:

@@ -1,41 +1,61 @@
-"""The training loop, for every defence: perturb, one outer forward, loss, step."""
+"""The training loop, for every defence and every engine: perturb, one outer forward, loss, step."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+import signal
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from fastmat.attacks.draws import SeededDraws
+from fastmat.attacks.draws import Draws, SeededDraws
 from fastmat.defences.base import Defence
 from fastmat.errors import UserError
 from fastmat.models.protocol import VisionLanguageModel
-from fastmat.models.weights import save_weights
-from fastmat.training.checkpoint import latest_checkpoint, load_checkpoint, read_run_state, save_checkpoint
+from fastmat.models.weights import load_weights, save_state
+from fastmat.training.checkpoint import (
+    checkpoints,
+    latest_checkpoint,
+    mark_best,
+    read_moments,
+    read_run_state,
+    save_checkpoint,
+)
+from fastmat.training.engine import check_moments, make_accelerator, make_engine
 from fastmat.training.forward import encode_views
 from fastmat.training.interrupt import Interrupted, interruptible
 from fastmat.training.log import StepLog
-from fastmat.training.parameters import clamp_logit_scale, decay_groups, trained_parameters, training_mode
+from fastmat.training.outer import Outer, checkpointed_blocks
+from fastmat.training.parameters import NormStatistics, trained_parameters, training_mode
+from fastmat.training.peers import Peers
 from fastmat.training.schedule import cosine_with_warmup
 from fastmat.training.settings import TrainSettings
+from fastmat.training.watch import Watcher
 from fastmat.types import Batch
 
 BAD_STEPS_IN_A_ROW = 3
+# Settings that change how a step is computed and what is written, not what is computed.
+OUTSIDE = ("save_every", "keep_last", "log_every", "micro_batch", "activation_checkpointing", "compile")
 
 
 class Batches(Protocol):
-    def iterate(self, start: int, stop: int) -> Iterator[Batch]:
-        """The global batches of the steps `start:stop`; each a pure function of its step."""
+    def iterate(self, start: int, stop: int, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        """The share of process `rank` out of `world` in the global batches of the steps `start:stop`.
+
+        A pure function of the step: the shares of all processes are the batch of one process, in order. All have
+        equally many images; the call raises UserError where that cannot be.
+        """
         ...
 
 
@@ -63,106 +83,137 @@ def train(
     resume: bool = False,
     config: Mapping[str, Any],
     accelerator: Accelerator | None = None,
+    augment: Callable[[Batch, Draws], Batch] | None = None,
+    watchers: Sequence[Watcher] = (),
 ) -> TrainReport:
-    """Train `model` in place and write `out/model.safetensors`, `out/log.jsonl` and `out/checkpoints/`.
+    """Train `model` and write `out/model.safetensors`, `out/log.jsonl` and `out/checkpoints/`.
 
-    batches: yields global batches; with several processes each takes its own slice, contrasts within that slice, and
-        the gradients are averaged (DDP). The loss is therefore not the one of the whole batch in one process.
+    model: trained in place; where weights are sharded (ZeRO stage 3, FSDP2) it stays so, and the file has them whole.
+    batches: each process reads its share. Contrastive terms run over the batch of all processes, and the update is
+        that of one process with the whole batch, to rounding.
     config: everything else that decides the weights (model, data, defence); a resumed run must agree with it.
     resume: continue from the newest undamaged checkpoint in `out`; on the CPU the weights are those of a run never
-        stopped, bit for bit, given the same number of processes.
+        stopped, bit for bit, given the same number of processes and engine. Others continue from the same step, and a
+        warning says so. A run that ended before its first checkpoint starts again.
     accelerator: default: one made here, without mixed precision of its own (`settings.precision` rules).
+    augment: adds images and texts to a process's share, on the device, before the attack.
+    watchers: told of log lines and checkpoints.
 
     Seeds the global generators before every outer forward (dropout). Raises UserError for an output folder in use, a
-    checkpoint of another run or architecture, and after three steps in a row without a finite loss; Interrupted after
-    Ctrl-C.
+    checkpoint of another run or architecture, a checkpoint that cannot be written, what the engine cannot do, and
+    after three steps in a row without a finite loss; Interrupted after Ctrl-C or SIGTERM, when the state is saved.
     """
     assert isinstance(model, nn.Module)
-    accelerator = accelerator or Accelerator(mixed_precision="no")
-    told = _told(defence, settings, config, accelerator.num_processes)
-    found = _find_start(out, resume)
-    accelerator.wait_for_everyone()
+    accelerator = accelerator or make_accelerator()
+    peers = Peers(rank=accelerator.process_index, world=accelerator.num_processes, device=accelerator.device)
+    told = _told(defence, settings, config)
+    found = peers.agreed(lambda: _find_start(out, resume))
 
     model.to(accelerator.device)
-    trained = trained_parameters(model, defence.trains)
-    optimizer = torch.optim.AdamW(decay_groups(trained, settings.weight_decay), lr=settings.lr, betas=settings.betas)
+    chosen = {id(parameter) for parameter in trained_parameters(model, defence.trains)}
+    trained = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in chosen}
     start = skipped = 0
+    written_by: dict[str, Any] = {}
     if found is not None:
         state = read_run_state(found, told)
-        start, skipped = state["step"], state["skipped"]
-        load_checkpoint(found, model=model, optimizer=optimizer)
-    last_checkpoint = found
-    log = StepLog(out / "log.jsonl", start=start, enabled=accelerator.is_main_process)
-    bad_in_a_row = 0
-    terms: dict[str, float] = {}
-    silent = None if accelerator.is_main_process else True  # None: where no terminal shows it; log.jsonl has it all
-    autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+        start, skipped, written_by = state["step"], state["skipped"], state["written_by"]
+        load_weights(model, found / "weights.safetensors")
+    shares = batches.iterate(start, settings.steps, rank=peers.rank, world=peers.world)
+    outer = Outer(model, settings, device=accelerator.device)
 
     with (
-        training_mode(model, trained, settings.norm_statistics),
-        interruptible() as stop_asked,
-        tqdm(total=settings.steps, initial=start, unit="step", disable=silent) as bar,
+        training_mode(model, list(trained.values()), settings.norm_statistics),
+        checkpointed_blocks(model, settings.activation_checkpointing),
+        interruptible(signal.SIGINT) as interrupted,
+        interruptible(signal.SIGTERM) as terminated,
     ):
-        wrapped, prepared = accelerator.prepare(model, optimizer)
-        for step, whole in zip(range(start, settings.steps), batches.iterate(start, settings.steps), strict=True):
-            batch = shard(whole, accelerator).to(accelerator.device)
-            rate = settings.lr * cosine_with_warmup(step, steps=settings.steps, warmup_steps=settings.warmup_steps)
-            for group in prepared.param_groups:
-                group["lr"] = rate
+        engine = make_engine(accelerator, outer, model, trained, settings)
+        runs = {"processes": peers.world, "engine": engine.name}
+        if found is not None:
+            moments = read_moments(found)
+            check_moments(moments, trained)
+            engine.load_moments(moments, updates=start - skipped)
+            _tell_of_change(found, written_by, runs, first=peers.rank == 0)
+        statistics = NormStatistics(model)
+        last_checkpoint = found
+        log = StepLog(out / "log.jsonl", start=start, enabled=peers.rank == 0)
+        bad_in_a_row = 0
+        terms: dict[str, float] = {}
+        silent = None if peers.rank == 0 else True  # None: where no terminal shows it; log.jsonl has it all
+        bar = tqdm(total=settings.steps, initial=start, unit="step", disable=silent)
+        autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
 
-            # Two regions: autocast keeps casts made without a graph until it is left.
+        for step in range(start, settings.steps):
+            draws = SeededDraws(keyed(settings.seed, step))
+
+            def fetch(draws: Draws = draws) -> Batch:
+                share = next(shares).to(accelerator.device)
+                return share if augment is None else augment(share, draws)
+
+            batch, texts = peers.shared(fetch)
+            with engine.attacked() as attacked, autocast:
+                views = defence.perturb(attacked, batch, draws)
+            set_seed(keyed(settings.seed, step, peers.rank))  # dropout
+            statistics.keep()
+            features = peers.joined(encode_views(engine.forward, model, views, batch), texts)
             with autocast:
-                views = defence.perturb(model, batch, SeededDraws(keyed(settings.seed, step)))
-            set_seed(keyed(settings.seed, step, accelerator.process_index))  # dropout
-            with autocast:
-                features = encode_views(wrapped, model, views, batch)
-            losses = defence.loss(features)
-            accelerator.backward(sum(losses.values()))
-            norm = accelerator.clip_grad_norm_(trained, settings.clip_norm or math.inf)
+                losses = defence.loss(features)
+            total = torch.stack(list(losses.values())).sum()
+            # A loss that is not finite makes the gradients of all processes so, and all skip the step.
+            poisoned = total * torch.where(total.isfinite(), 1.0, math.nan)
+            rate = settings.lr * cosine_with_warmup(step, steps=settings.steps, warmup_steps=settings.warmup_steps)
+            norm = engine.backward(poisoned, rate=rate)
             # The only wait for the device: one small vector, averaged over the processes so that all decide alike.
-            stop, norm, *values = _on_host(accelerator, [stop_asked(), norm, *losses.values()])
+            ctrl_c, sigterm, gradient, *values = peers.mean([interrupted(), terminated(), norm, *losses.values()])
 
             terms = dict(zip(losses, values, strict=True))
-            finite = math.isfinite(norm) and all(map(math.isfinite, values))
-            if finite:
-                prepared.step()
-                clamp_logit_scale(model)
-            prepared.zero_grad()
+            finite = math.isfinite(gradient) and all(map(math.isfinite, values))
+            engine.step(update=finite)
+            if not finite:
+                statistics.restore()
             skipped += not finite
             bad_in_a_row = 0 if finite else bad_in_a_row + 1
             if bad_in_a_row == BAD_STEPS_IN_A_ROW:
                 raise UserError(_diverged(step, last_checkpoint, out))
 
-            log.count(len(whole.texts))
+            log.count(sum(texts))
             bar.update()
             done = step + 1
             if done % settings.log_every == 0 or done == settings.steps or not finite:
-                line = log.write(done, terms, grad_norm=norm, lr=rate, skipped=skipped)
+                line = log.write(done, terms, grad_norm=gradient, lr=rate, skipped=skipped)
                 bar.set_postfix_str(f"loss {sum(values):.4f}, {line['pairs_per_s']:.0f} pairs/s")
-            if finite and (done % settings.save_every == 0 or done == settings.steps or stop):
-                last_checkpoint = save_checkpoint(
+                for watcher in watchers:
+                    watcher.logged(line)
+            if finite and (done % settings.save_every == 0 or done == settings.steps or ctrl_c or sigterm):
+                save = partial(
+                    save_checkpoint,
                     out / "checkpoints",
-                    accelerator=accelerator,
-                    model=model,
-                    optimizer=optimizer,
-                    state={"step": done, "skipped": skipped, "told": told},
+                    weights=engine.weights(),
+                    moments=engine.moments(),
+                    state={"step": done, "skipped": skipped, "told": told, "written_by": runs},
                     keep_last=settings.keep_last,
                 )
-                if stop and done < settings.steps:
-                    raise Interrupted(last_checkpoint)
-        weights = out / "model.safetensors"
-        if accelerator.is_main_process:
-            save_weights(model, weights, metadata=told)
-        accelerator.wait_for_everyone()
-        return TrainReport(
-            weights=weights,
-            steps=settings.steps,
-            skipped=skipped,
-            resumed_from=start,
-            terms=terms,
-            seconds=log.seconds,
-            pairs_per_s=log.pairs_per_s,
-        )
+                last_checkpoint = peers.agreed(save)
+                if (ctrl_c or sigterm) and done < settings.steps:
+                    raise Interrupted(last_checkpoint, signal.SIGINT if ctrl_c else signal.SIGTERM)
+                for watcher in watchers:
+                    seen = watcher.saved(done, last_checkpoint, engine.attacked())
+                    log.note(done, seen)
+                    if seen is not None and seen.get("best") and peers.rank == 0:
+                        mark_best(last_checkpoint)
+        weights = engine.weights()
+        bar.close()
+    final = out / "model.safetensors"
+    peers.agreed(partial(save_state, weights, final, metadata=told | runs))
+    return TrainReport(
+        weights=final,
+        steps=settings.steps,
+        skipped=skipped,
+        resumed_from=start,
+        terms=terms,
+        seconds=log.seconds,
+        pairs_per_s=log.pairs_per_s,
+    )
 
 
 def keyed(*parts: int) -> int:
@@ -170,20 +221,17 @@ def keyed(*parts: int) -> int:
     return int.from_bytes(hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=4).digest(), "big")
 
 
-def shard(batch: Batch, accelerator: Accelerator) -> Batch:
-    """This process's slice of a global batch."""
-    processes, rank = accelerator.num_processes, accelerator.process_index
-    if len(batch) % processes:
-        raise UserError(
-            f"the batch of {len(batch)} images cannot be divided among {processes} processes; "
-            f"set batch_size to a multiple of {processes}"
-        )
-    size = len(batch) // processes
-    return batch.rows(rank * size, (rank + 1) * size) if processes > 1 else batch
+def never_saved(out: Path) -> bool:
+    """Whether a run in `out` ended before its first checkpoint: there is nothing to lose or to go on with."""
+    left = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    return "log.jsonl" in left and left <= {"log.jsonl", "checkpoints"} and not checkpoints(out / "checkpoints")
 
 
 def _find_start(out: Path, resume: bool) -> Path | None:
     """The checkpoint to resume from, or None for a fresh start; raises UserError where `out` does not fit."""
+    if never_saved(out):
+        warnings.warn(f"the run in {out} ended before its first checkpoint; starting from the beginning")
+        return None
     if not resume:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"output folder {out} exists and is not empty; choose another one or resume it")
@@ -194,27 +242,33 @@ def _find_start(out: Path, resume: bool) -> Path | None:
     return found
 
 
-def _told(defence: Defence, settings: TrainSettings, config: Mapping[str, Any], processes: int) -> dict[str, Any]:
+def _told(defence: Defence, settings: TrainSettings, config: Mapping[str, Any]) -> dict[str, Any]:
     """What a resumed run must share, as JSON keeps it: all that decides the weights."""
     told = {
         "defence": type(defence).__name__,
-        "settings": {k: v for k, v in asdict(settings).items() if k not in ("save_every", "keep_last", "log_every")},
+        "settings": {k: v for k, v in asdict(settings).items() if k not in OUTSIDE},
         "config": config,
-        "processes": processes,
     }
     plain: dict[str, Any] = json.loads(json.dumps(told, default=str))
     return plain
 
 
-def _on_host(accelerator: Accelerator, values: list[Any]) -> list[float]:
-    device = accelerator.device
-    row = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device).detach() for v in values])
-    reduced: Tensor = accelerator.reduce(row, reduction="mean")
-    return reduced.tolist()
+def _tell_of_change(found: Path, then: Mapping[str, Any], now: Mapping[str, Any], *, first: bool) -> None:
+    """A warning where a run goes on in another way than it was saved."""
+    if first and then != now:
+        was, is_now = (f"{runs['processes']} process(es), engine {runs['engine']}" for runs in (then, now))
+        warnings.warn(
+            f"{found} was written by {was}; going on from the same sample with {is_now}: "
+            "the weights will agree to rounding, not bit for bit"
+        )
 
 
 def _diverged(step: int, checkpoint: Path | None, out: Path) -> str:
-    saved = f"the last good checkpoint is {checkpoint}" if checkpoint else f"no checkpoint was saved yet in {out}"
+    saved = (
+        f"the last good checkpoint is {checkpoint}"
+        if checkpoint
+        else f"no checkpoint was saved yet, so {out} may be used again as it is"
+    )
     return (
         f"the loss or its gradient was not finite {BAD_STEPS_IN_A_ROW} steps in a row (up to step {step + 1}); "
         f"{saved}; lower lr, raise warmup_steps or use precision: no"

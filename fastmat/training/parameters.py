@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -15,6 +15,7 @@ from fastmat.errors import UserError, nearest
 from fastmat.models.protocol import VisionLanguageModel
 
 TOWERS = ("image", "text")
+LARGEST_LOG_SCALE = math.log(100)
 
 
 def trained_parameters(model: VisionLanguageModel, trains: tuple[str, ...]) -> list[nn.Parameter]:
@@ -81,9 +82,32 @@ def training_mode(
         yield
 
 
+def log_scale_of(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> nn.Parameter | None:
+    """The logarithm of the logit scale, where it trains."""
+    log_scale = getattr(model, "log_logit_scale", None)
+    return next((parameter for parameter in trained.values() if parameter is log_scale), None)
+
+
 @torch.no_grad()
 def clamp_logit_scale(model: nn.Module) -> None:
     """Keep the logit scale at 100 or below, as CLIP does."""
     log_scale = getattr(model, "log_logit_scale", None)
     if log_scale is not None and log_scale.requires_grad:
-        log_scale.clamp_(max=math.log(100))
+        log_scale.clamp_(max=LARGEST_LOG_SCALE)
+
+
+class NormStatistics:
+    """The running statistics of the batch norms that train, so that a step can be taken back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def keep(self) -> None:
+        """Remember them as they are now."""
+        self._kept = [(buffer, buffer.clone()) for norm in self._norms for buffer in norm.buffers()]
+
+    def restore(self) -> None:
+        """Put back what was kept."""
+        for buffer, value in self._kept:
+            buffer.copy_(value)

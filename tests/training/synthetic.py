@@ -38,8 +38,10 @@ class Synthetic:
     size: int = 4
     image_size: int = 32
 
-    def iterate(self, start: int, stop: int) -> Iterator[Batch]:
-        return (make_batch(size=self.size, seed=step, image_size=self.image_size) for step in range(start, stop))
+    def iterate(self, start: int, stop: int, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        share = self.size // world
+        whole = (make_batch(size=self.size, seed=step, image_size=self.image_size) for step in range(start, stop))
+        return whole if world == 1 else (batch.rows(rank * share, (rank + 1) * share) for batch in whole)
 
 
 class SwapWord:

@@ -5,7 +5,6 @@ import math
 import os
 import signal
 import time
-from dataclasses import replace
 
 import pytest
 import torch
@@ -49,8 +48,8 @@ class StopsAt(Synthetic):
 
     step: int = 2
 
-    def iterate(self, start, stop):
-        for step, batch in zip(range(start, stop), super().iterate(start, stop), strict=True):
+    def iterate(self, start, stop, **share):
+        for step, batch in zip(range(start, stop), super().iterate(start, stop, **share), strict=True):
             if step == self.step:
                 os.kill(os.getpid(), signal.SIGINT)
             yield batch
@@ -80,8 +79,8 @@ def test_interrupted_and_resumed_gives_the_same_weights_bit_for_bit(tmp_path, na
 
 def test_resuming_after_a_crash_drops_the_log_of_the_lost_steps(tmp_path):
     class Crashes(Synthetic):
-        def iterate(self, start, stop):
-            for step, batch in zip(range(start, stop), super().iterate(start, stop), strict=True):
+        def iterate(self, start, stop, **share):
+            for step, batch in zip(range(start, stop), super().iterate(start, stop, **share), strict=True):
                 if step == 5:
                     raise OSError("disk gone")
                 yield batch
@@ -123,7 +122,7 @@ def test_seed_decides(tmp_path):
 
 def test_loss_falls_and_the_log_tells(tmp_path):
     class Same(Synthetic):
-        def iterate(self, start, stop):
+        def iterate(self, start, stop, **share):
             return (make_batch(seed=0) for _ in range(start, stop))
 
     model = tiny_clip()
@@ -310,16 +309,3 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
     before = first.weights.read_bytes()
     _, second = run(tmp_path / "a", resume=True)
     assert second.resumed_from == 6 and second.weights.read_bytes() == before
-
-
-def test_batch_that_cannot_be_divided(tmp_path):
-    class Two:
-        num_processes, process_index = 2, 0
-
-    from fastmat.training.loop import shard
-
-    with pytest.raises(UserError, match="5 images cannot be divided among 2"):
-        shard(make_batch(size=5), Two())
-    half = shard(make_batch(size=4), Two())
-    assert len(half) == 2 and half.txt2img.max() == 1
-    assert replace(half).texts == make_batch(size=4).texts[: len(half.texts)]

@@ -78,8 +78,8 @@ class StopsAfter:
         self.batches = batches
         self.steps = steps
 
-    def iterate(self, start, stop):
-        for step, batch in zip(range(start, stop), self.batches.iterate(start, stop), strict=True):
+    def iterate(self, start, stop, **share):
+        for step, batch in zip(range(start, stop), self.batches.iterate(start, stop, **share), strict=True):
             if step == self.steps:
                 raise RuntimeError("power cut")
             yield batch

@@ -5,10 +5,12 @@ import json
 import math
 import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from training.synthetic import model_with_state
 
 from fastmat.errors import UserError
@@ -113,16 +115,12 @@ def test_logit_scale_is_clamped_to_one_hundred():
     assert model.logit_scale.item() == pytest.approx(100, rel=1e-6)
 
 
-def save(folder, step, *, keep_last=2, model=None):
-    model = model or tiny_clip()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    model(torch.rand(2, 3, 32, 32), model.tokenize(["a b", "c"])).text.embeds.sum().backward()
-    optimizer.step()
+def save(folder, step, *, keep_last=2):
+    state = tiny_clip().state_dict()
     return checkpoint.save_checkpoint(
         folder,
-        accelerator=Accelerator(mixed_precision="no"),
-        model=model,
-        optimizer=optimizer,
+        weights=state,
+        moments={f"exp_avg/{name}": value for name, value in state.items()},
         state={"step": step, "skipped": 0, "told": {"a": {"b": 1}}},
         keep_last=keep_last,
     )
@@ -132,10 +130,15 @@ def test_checkpoints_are_complete_and_the_last_ones_stay(tmp_path):
     for step in (1, 2, 10):
         path = save(tmp_path, step)
     assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step-00000002", "step-00000010"]
-    assert {p.name for p in path.iterdir()} == {"weights.safetensors", "optimizer.pt", "state.json", "manifest.json"}
+    assert {p.name for p in path.iterdir()} == {
+        "weights.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        "manifest.json",
+    }
     assert set(json.loads((path / "manifest.json").read_text())) == {
         "weights.safetensors",
-        "optimizer.pt",
+        "optimizer.safetensors",
         "state.json",
     }
     assert checkpoint.latest_checkpoint(tmp_path) == path
@@ -155,16 +158,43 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
         assert checkpoint.latest_checkpoint(tmp_path) is None
 
 
-def test_a_save_that_fails_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+def test_the_best_stays_however_old(tmp_path):
+    checkpoint.mark_best(save(tmp_path, 1))
+    for step in (2, 3, 4):
+        save(tmp_path, step)
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step-00000001", "step-00000003", "step-00000004"]
+    assert checkpoint.best_checkpoint(tmp_path) == tmp_path / "step-00000001"
+    checkpoint.mark_best(tmp_path / "step-00000004")
+    save(tmp_path, 5)
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step-00000004", "step-00000005"]
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path):
+    """A process that may not write files as large as the weights stands for a full disk: the writes really fail."""
     good = save(tmp_path, 1)
-
-    def full(*arguments):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint.torch, "save", full)
-    with pytest.raises(OSError, match="No space"):
-        save(tmp_path, 2)
-    assert checkpoint.checkpoints(tmp_path) == [good] and checkpoint.latest_checkpoint(tmp_path) == good
+    script = (
+        "import resource, signal, sys\n"
+        "from pathlib import Path\n"
+        "from training.test_parts import save\n"
+        "from fastmat.errors import UserError\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)\n"
+        "try:\n"
+        "    save(Path(sys.argv[1]), 2)\n"
+        "except UserError as error:\n"
+        "    print(error)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    whole = (good / "weights.safetensors").stat().st_size
+    for room in (whole // 2, 2 * whole):
+        command = [sys.executable, "-c", script, str(tmp_path), str(room)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        if room < whole:
+            assert "could not be written" in done.stdout and f"the last good one is {good}" in done.stdout, done
+            assert [path.name for path in tmp_path.iterdir()] == [good.name]
+            assert checkpoint.latest_checkpoint(tmp_path) == good
+        else:
+            assert done.stdout == "" and checkpoint.latest_checkpoint(tmp_path) == tmp_path / "step-00000002", done
 
 
 def test_a_save_over_a_leftover_starts_anew(tmp_path):
@@ -182,10 +212,9 @@ class Malice:
 def test_code_in_a_checkpoint_never_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = save(tmp_path / "c", 1)
-    (path / "optimizer.pt").write_bytes(pickle.dumps(Malice(), protocol=2))
-    model = tiny_clip()
-    with pytest.raises(UserError, match=r"optimizer\.pt"):
-        checkpoint.load_checkpoint(path, model=model, optimizer=torch.optim.AdamW(model.parameters()))
+    (path / "optimizer.safetensors").write_bytes(pickle.dumps(Malice(), protocol=2))
+    with pytest.raises(UserError, match=r"optimizer\.safetensors"):
+        checkpoint.read_moments(path)
     assert not (tmp_path / "owned").exists()
 
 

@@ -93,21 +93,24 @@ class PMGAFT:
         adv, clean = (
             log_predictions(features.images[name].features, columns, features.logit_scale) for name in ("adv", "clean")
         )
+        times = len(adv) if self.quirks.summed_kl else 1
+        if self.quirks.summed_kl and features.everyone is not None:
+            times = len(features.everyone().group)
         return {
             **self.contrast.term(features, "adv"),
-            "kl/teacher": self.teacher_weight * self._kl(adv, features.targets["teacher"]),
-            "kl/clean": self.clean_weight * self._kl(adv, clean),
+            "kl/teacher": self.teacher_weight * times * kl(adv, features.targets["teacher"]),
+            "kl/clean": self.clean_weight * times * kl(adv, clean),
         }
 
     def _scale(self, logit_scale: Tensor) -> Tensor:
         return torch.ones_like(logit_scale) if self.quirks.cosine_logits else logit_scale
 
-    def _kl(self, p: Tensor, q: Tensor) -> Tensor:
-        """KL(p || q) of rows of log-probabilities [B, C]."""
-        rows = (p.exp() * (p - q)).sum(1)
-        return rows.sum() if self.quirks.summed_kl else rows.mean()
-
 
 def log_predictions(images: Tensor, columns: Tensor, logit_scale: Tensor) -> Tensor:
     """[B, C] log-probabilities that images [B, E] belong to columns [C, E], unit features both."""
     return (logit_scale * images @ columns.T).log_softmax(1)
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    """Scalar: the mean of KL(p || q) over rows of log-probabilities [B, C]."""
+    return (p.exp() * (p - q)).sum(1).mean()

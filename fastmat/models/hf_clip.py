@@ -21,7 +21,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class VisionTower(nn.Module):
-    """tokens: the patches of the last hidden state, without the class token."""
+    """tokens: the patches of the last hidden state, normalised as the class token is before its projection."""
 
     def __init__(self, vision_model: nn.Module) -> None:
         super().__init__()
@@ -29,7 +29,8 @@ class VisionTower(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         output = self.vision_model(pixel_values=images)
-        return output.pooler_output, output.last_hidden_state[:, 1:]
+        vision: Any = self.vision_model
+        return output.pooler_output, vision.post_layernorm(output.last_hidden_state[:, 1:])
 
 
 class TextTower(nn.Module):

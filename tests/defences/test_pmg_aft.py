@@ -1,5 +1,8 @@
 """PMG-AFT against its formula written out, in both forms, with and without the quirks of its code."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import pytest
 import torch
 from defences.labelled_batch import LABELS, PROMPTS, class_features, labelled_batch
@@ -88,6 +91,18 @@ def test_on_captions_predictions_run_over_the_captions_of_the_batch():
     torch.testing.assert_close(terms["kl/teacher"].double(), kl_rows(adv, guide).mean(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(terms["kl/clean"].double(), kl_rows(adv, clean).mean(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(terms["contrastive"], TeCoAITR(threat=THREAT).loss(features)["contrastive"])
+
+
+def test_a_sum_over_the_batch_is_that_of_all_processes():
+    """The loop averages over processes: each of two halves weighs in with the images of both."""
+    model, batch = tiny_clip().eval(), labelled_batch()
+    arguments = {"threat": THREAT, "teacher": model, "against": "classes", "prompts": PROMPTS}
+    defence = PMGAFT(**arguments, quirks=Quirks(summed_kl=True))
+    features = encode_views(model, model, defence.perturb(model, batch, SeededDraws(0)), batch)
+    both = dataclasses.replace(features, everyone=lambda: SimpleNamespace(group=torch.arange(2 * len(batch))))
+    mean = PMGAFT(**arguments).loss(features)["kl/clean"]
+    torch.testing.assert_close(defence.loss(features)["kl/clean"], len(batch) * mean)
+    torch.testing.assert_close(defence.loss(both)["kl/clean"], 2 * len(batch) * mean)
 
 
 def test_the_attack_is_tecoa_s():

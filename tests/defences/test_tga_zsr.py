@@ -6,11 +6,13 @@ import pytest
 import torch
 from defences.labelled_batch import LABELS, PROMPTS, class_features, labelled_batch
 from training.synthetic import THREAT, make_batch, model_with_state
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from fastmat.attacks.draws import SeededDraws
 from fastmat.defences.tecoa_itr import TeCoAITR
 from fastmat.defences.tga_zsr import TGAZSR, place_embeds, text_guided_attention
 from fastmat.errors import UserError
+from fastmat.models.hf_clip import VisionTower
 from fastmat.models.protocol import ImageState
 from fastmat.models.tiny import tiny_clip
 from fastmat.training.forward import encode_views
@@ -88,6 +90,24 @@ def test_a_projection_of_tokens_embeds_each_token():
     cosine = torch.stack([torch.cosine_similarity(embeds[i], text[i][None]) for i in range(2)])
     low, high = cosine.amin(1, keepdim=True), cosine.amax(1, keepdim=True)
     torch.testing.assert_close(seen.flatten(1), (cosine - low) / (high - low))
+
+
+def test_tokens_of_transformers_clip_are_what_its_projection_expects():
+    """The last layer norm comes before the projection, for patches as for the class token."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPVisionConfig(**sizes, image_size=32, patch_size=8, projection_dim=16)
+    clip = CLIPVisionModelWithProjection(config).eval()
+    torch.nn.init.normal_(clip.vision_model.post_layernorm.bias)
+    images = torch.rand(2, 3, 32, 32)
+    pooled, tokens = VisionTower(clip.vision_model)(images)
+    hidden = clip.vision_model(pixel_values=images, output_hidden_states=True).hidden_states[-1]
+    norm = clip.vision_model.post_layernorm
+    every = (hidden - hidden.mean(-1, keepdim=True)) / (hidden.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
+    every = every * norm.weight + norm.bias
+    torch.testing.assert_close(pooled, every[:, 0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tokens, every[:, 1:], rtol=1e-4, atol=1e-5)
+    embeds = place_embeds(clip.visual_projection, ImageState(tokens, pooled, pooled))
+    torch.testing.assert_close(embeds, every[:, 1:] @ clip.visual_projection.weight.T, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_reach_the_tower_through_the_attention():

@@ -6,55 +6,26 @@ contrastive heads on the first tokens of both towers, a matching head on the fir
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from fastmat.errors import UserError
-from fastmat.models.albef_checkpoint import AlbefCheckpoint, AlbefSizes
-from fastmat.models.fusion_bert import FusionEncoder, linear
-from fastmat.models.hf_clip import CLIP_MEAN, CLIP_STD
-from fastmat.models.protocol import (
-    Encoded,
-    FusionState,
-    ImageState,
-    TextState,
-    TextTokens,
-    Tokenizer,
-    token_batch,
-)
+from fastmat.models.fusion_bert import FusionEncoder
+from fastmat.models.fusion_checkpoint import FusionCheckpoint, FusionSizes, first_fusion_layer
+from fastmat.models.matcher import Matcher
+from fastmat.models.protocol import FusionState, ImageState, TextState, TextTokens, Tokenizer
 from fastmat.models.shifting import shifted
 from fastmat.models.tokenizers import WordPieceTokenizer, read_bert_tokenizer
-from fastmat.models.vit import VisionTransformer
 from fastmat.models.weights import load_state, read_state
-from fastmat.types import ImageTransform
 
 
-class Albef(nn.Module):
-    """Implements `fastmat.models.protocol.FusionModel`, with random weights.
+class Albef(Matcher):
+    """Implements `fastmat.models.protocol.FusionModel`, with random weights."""
 
-    The first token of either state is its class token. temp: the temperature, whose inverse is the logit scale; it is
-    the parameter that trains, as published.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, *, sizes: AlbefSizes, tokenizer: Tokenizer, context_length: int) -> None:
-        super().__init__()
-        self.image_tower = VisionTransformer(
-            image_size=sizes.image_size,
-            patch=sizes.patch,
-            width=sizes.image_width,
-            layers=sizes.image_layers,
-            heads=sizes.image_heads,
-            hidden=sizes.image_hidden,
-        )
-        self.image_projection: nn.Module = linear(sizes.image_width, sizes.embed_dim)
+    def __init__(self, *, sizes: FusionSizes, tokenizer: Tokenizer, context_length: int) -> None:
+        super().__init__(sizes=sizes, tokenizer=tokenizer, context_length=context_length)
         self.text_tower = BertModel(
             BertConfig(
                 vocab_size=sizes.vocabulary,
@@ -66,7 +37,6 @@ class Albef(nn.Module):
             ),
             add_pooling_layer=False,
         )
-        self.text_projection: nn.Module = linear(sizes.text_width, sizes.embed_dim)
         self.fusion = FusionEncoder(
             layers=sizes.fusion_layers,
             width=sizes.text_width,
@@ -74,52 +44,21 @@ class Albef(nn.Module):
             hidden=sizes.text_hidden,
             image_width=sizes.image_width,
         )
-        self.itm_head = linear(sizes.text_width, 2)
-        self.temp = nn.Parameter(torch.tensor(0.07))
-        self.sizes = sizes
-        self.tokenizer = tokenizer
-        self.context_length = context_length
-        self.image_transform = ImageTransform(size=sizes.image_size)
-        self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(CLIP_STD).view(3, 1, 1), persistent=False)
-
-    @property
-    def logit_scale(self) -> Tensor:
-        return 1 / self.temp
 
     @property
     def token_embedding(self) -> nn.Embedding:
         embedding: nn.Embedding = self.text_tower.embeddings.word_embeddings
         return embedding
 
-    def tokenize(self, texts: Sequence[str], *, max_length: int | None = None, pad: bool = False) -> TextTokens:
-        limit = self.context_length if max_length is None else min(max_length, self.context_length)
-        rows = [self.tokenizer(text, limit) for text in texts]
-        return token_batch(rows, pad_id=self.tokenizer.pad_id, length=limit if pad else None)
-
-    def encode_image(self, images: Tensor) -> ImageState:
-        size = self.image_transform.size
-        if images.shape[-2:] != (size, size):
-            images = F.interpolate(images, (size, size), mode="bicubic", align_corners=False, antialias=True)
-        tokens = self.image_tower((images - self.mean) / self.std)
-        embeds = self.image_projection(tokens[:, 0]).float()
-        return ImageState(tokens, embeds, F.normalize(embeds, dim=-1))
-
-    def encode_text(self, tokens: TextTokens) -> TextState:
+    def encode_tokens(self, tokens: TextTokens) -> Tensor:
         with shifted(self.token_embedding, tokens.shift):
-            hidden = self.text_tower(input_ids=tokens.ids, attention_mask=tokens.mask.long()).last_hidden_state
-        embeds = self.text_projection(hidden[:, 0]).float()
-        return TextState(tokens.ids, tokens.mask, hidden, embeds, F.normalize(embeds, dim=-1))
+            hidden: Tensor = self.text_tower(input_ids=tokens.ids, attention_mask=tokens.mask.long()).last_hidden_state
+        return hidden
 
     def fuse(self, image: ImageState, text: TextState, owner: Tensor | None = None, maps: bool = False) -> FusionState:
         assert image.tokens is not None and text.tokens is not None
         tokens, attention = self.fusion(text.tokens, text.mask, image.tokens, owner, maps=maps)
         return FusionState(tokens, self.itm_head(tokens[:, 0]).float(), attention if maps else None)
-
-    def forward(self, images: Tensor | None, tokens: TextTokens | None) -> Encoded:
-        image = None if images is None else self.encode_image(images)
-        text = None if tokens is None else self.encode_text(tokens)
-        return Encoded(image, text, self.logit_scale)
 
 
 def load_albef(
@@ -142,15 +81,20 @@ def load_albef(
         the official code it does not.
     Raises UserError when a file is missing, carries code or is another model's, naming every key that does not match.
     """
-    source = str(checkpoint)
-    parts = None if checkpoint is None else AlbefCheckpoint.of(read_state(checkpoint), source=source)
-    if parts is None:
-        sizes = AlbefSizes(image_size=image_size or 384, image_heads=image_heads, text_heads=text_heads)
+    heads = {"image_heads": image_heads, "text_heads": text_heads}
+    source, parts = str(checkpoint), None
+    if checkpoint is None:
+        sizes = FusionSizes(image_size=image_size or 384, **heads)
     else:
-        parts = parts if image_size is None else parts.at(image_size)
-        sizes = AlbefSizes.of(parts.model, image_heads=image_heads, text_heads=text_heads, source=source)
-    if not 3 <= context_length <= sizes.positions:
-        raise UserError(f"context_length must be between 3 and the model's {sizes.positions}, got {context_length}")
+        state = read_state(checkpoint)
+        first = first_fusion_layer(state)
+        if not first:
+            why = "no layer of a text encoder in it looks at an image"
+            blip = "its text encoder looks at the image from its first layer on, as BLIP's"
+            raise UserError(f"{source} is no ALBEF checkpoint: {why if first is None else blip}")
+        parts = FusionCheckpoint.of(state, first=first)
+        sizes = FusionSizes.of(parts.model, image_size=image_size, **heads, source=source)
+        parts = parts.at(sizes)
     bert = read_bert_tokenizer(vocabulary, size=sizes.vocabulary)
     tokenizer = WordPieceTokenizer(bert, append_sep=append_sep)
     model = Albef(sizes=sizes, tokenizer=tokenizer, context_length=context_length)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from fastmat.models.albef import Albef
-from fastmat.models.albef_checkpoint import AlbefSizes
+from fastmat.models.fusion_checkpoint import FusionSizes
 from fastmat.models.tokenizers import HashTokenizer
 
 
 def tiny_albef(*, image_size: int = 32, seed: int = 0) -> Albef:
     """Widths of 16 and 24, two layers of each kind, hashed words; seeded without touching the global random state."""
     tokenizer = HashTokenizer(64)
-    sizes = AlbefSizes(
+    sizes = FusionSizes(
         image_size=image_size,
         patch=8,
         image_width=24,

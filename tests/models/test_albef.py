@@ -13,7 +13,7 @@ from torch import Tensor
 from fastmat import build
 from fastmat.errors import UserError
 from fastmat.models.albef import Albef, load_albef
-from fastmat.models.albef_checkpoint import AlbefCheckpoint, AlbefSizes
+from fastmat.models.fusion_checkpoint import FusionCheckpoint, FusionSizes
 from fastmat.models.protocol import FusionModel, TextState, TextTokens
 from fastmat.models.tiny_albef import tiny_albef
 
@@ -23,7 +23,7 @@ TEXTS = ["a dog", "dogs runs on red snow", "snow"]
 State = dict[str, Tensor]
 
 
-def official_shapes(sizes: AlbefSizes, *, bert: str = "", copy: str = "") -> dict[str, tuple[int, ...]]:
+def official_shapes(sizes: FusionSizes, *, bert: str = "", copy: str = "") -> dict[str, tuple[int, ...]]:
     """Keys and shapes of the encoders as the official code names them. bert: "bert." in a pre-training file; copy:
     "_m" for the momentum ones."""
     w, h, t, g = sizes.image_width, sizes.image_hidden, sizes.text_width, sizes.text_hidden
@@ -65,7 +65,7 @@ def official_shapes(sizes: AlbefSizes, *, bert: str = "", copy: str = "") -> dic
     return shapes
 
 
-def official_file(sizes: AlbefSizes, *, pretraining: bool, queue: int = 8) -> dict[str, tuple[int, ...]]:
+def official_file(sizes: FusionSizes, *, pretraining: bool, queue: int = 8) -> dict[str, tuple[int, ...]]:
     """Keys and shapes of a whole file: `ALBEF.pth` (pretraining) or `flickr30k.pth`, `mscoco.pth`."""
     bert, t = "bert." if pretraining else "", sizes.text_width
     shapes = official_shapes(sizes, bert=bert) | official_shapes(sizes, bert=bert, copy="_m")
@@ -199,28 +199,28 @@ def test_both_official_layouts_equal_the_plain_model(tmp_path, vocabulary: str, 
 
 def test_the_parts_of_a_file_are_told_apart() -> None:
     state = random_state(official_file(TINY, pretraining=True))
-    parts = AlbefCheckpoint.of(state, source="file")
-    kept = len(parts.model) + len(parts.momentum) + len(parts.queues) + len(parts.mlm_head)
+    parts = FusionCheckpoint.of(state, first=2)
+    kept = len(parts.model) + len(parts.momentum) + len(parts.queues) + len(parts.pretraining)
     assert kept == len(state) - 2  # two position_ids
     assert set(parts.queues) == {"image_queue", "text_queue", "queue_ptr"}
-    assert len(parts.mlm_head) == 14 and all(".cls.predictions." in key for key in parts.mlm_head)
+    assert len(parts.pretraining) == 14 and all(".cls.predictions." in key for key in parts.pretraining)
     assert set(parts.momentum) == {key for key in parts.model if not key.startswith(("temp", "itm_head."))}
     name = "fusion.layers.1.crossattention.key.weight"
     assert torch.equal(
         parts.momentum[name], state["text_encoder_m.bert.encoder.layer.3.crossattention.self.key.weight"]
     )
-    larger = parts.at(48)
+    larger = parts.at(replace(TINY, image_size=48))
     assert larger.model["image_tower.pos_embed"].shape == larger.momentum["image_tower.pos_embed"].shape == (1, 37, 24)
 
 
 @pytest.mark.parametrize("pretraining", [True, False])
 def test_the_published_size_has_every_official_key_and_no_other(pretraining: bool) -> None:
-    sizes = AlbefSizes(image_size=256 if pretraining else 384)
+    sizes = FusionSizes(image_size=256 if pretraining else 384)
     shapes = official_file(sizes, pretraining=pretraining, queue=65536)
     with torch.device("meta"):
-        parts = AlbefCheckpoint.of({key: torch.empty(shape) for key, shape in shapes.items()}, source="file")
+        parts = FusionCheckpoint.of({key: torch.empty(shape) for key, shape in shapes.items()}, first=6)
         model = Albef(
-            sizes=AlbefSizes.of(parts.model, image_heads=12, text_heads=12, source="file"),
+            sizes=FusionSizes.of(parts.model, image_size=None, image_heads=12, text_heads=12, source="file"),
             tokenizer=tiny_albef().tokenizer,
             context_length=30,
         )

@@ -1,7 +1,7 @@
-"""The official layout of ALBEF and TCL checkpoints: whose keys are whose, and the sizes that the weights tell.
+"""The official layout of ALBEF, TCL and BLIP checkpoints: whose keys are whose, and the sizes that the weights tell.
 
-Pre-training files carry the head of the masked language model, and `bert.` in the text encoder's keys; fine-tuned ones
-do not. Both may carry momentum copies of the encoders (`visual_encoder_m`, ...) and queues of features.
+ALBEF's pre-training files carry the head of the masked language model, and `bert.` in the text encoder's keys; BLIP's
+carry a decoder. All may carry momentum copies of the encoders (`visual_encoder_m`, ...) and queues of features.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -24,54 +24,51 @@ NAMES = {
     "text_encoder": "text_tower",
     "text_proj": "text_projection",
 }
-QUEUES = ("image_queue", "text_queue", "idx_queue", "queue_ptr")
+QUEUES = ("image_queue", "text_queue", "idx_queue", "queue_ptr", "ptr_queue")
 POSITIONS = "image_tower.pos_embed"
 PATCHES = "image_tower.patch_embed.proj.weight"
 LAYER = re.compile(r"encoder\.layer\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlbefCheckpoint:
+class FusionCheckpoint:
     """A file's tensors by what they are for.
 
-    model: encoders and heads, named as in `fastmat.models.albef.Albef`; a key that is nobody's keeps its name.
-    momentum: copies of the encoders and projections, named alike. queues, mlm_head: as in the file.
+    model: encoders and heads, named as in `Albef` and `Blip`; a key that is nobody's keeps its name. momentum: copies
+    of encoders and projections, named alike. queues; pretraining (a language model's head, a decoder): as in the file.
     """
 
     model: Mapping[str, Tensor]
     momentum: Mapping[str, Tensor]
     queues: Mapping[str, Tensor]
-    mlm_head: Mapping[str, Tensor]
+    pretraining: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, state: Mapping[str, Tensor], *, source: str) -> AlbefCheckpoint:
-        """source: the file, for errors. Raises UserError where the text encoder is not ALBEF's."""
-        first = first_fusion_layer(state, source=source)
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "momentum": {}, "queues": {}, "mlm_head": {}}
+    def of(cls, state: Mapping[str, Tensor], *, first: int) -> FusionCheckpoint:
+        """first: the text encoder's first layer that looks at the image, of `first_fusion_layer`."""
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "momentum": {}, "queues": {}, "pretraining": {}}
         for key, value in state.items():
             top, _, rest = key.partition(".")
             encoder = top.removesuffix("_m")
             rest = rest.removeprefix("bert.") if encoder == "text_encoder" else rest
             if key in QUEUES:
                 parts["queues"][key] = value
+            elif top == "text_decoder" or (encoder == "text_encoder" and rest.startswith("cls.")):
+                parts["pretraining"][key] = value
             elif encoder not in NAMES:
                 parts["model"][key] = value
-            elif encoder == "text_encoder" and rest.startswith("cls."):
-                parts["mlm_head"][key] = value
             elif rest != "embeddings.position_ids":  # a buffer that older libraries wrote: 0, 1, 2, ...
                 parts["momentum" if top.endswith("_m") else "model"][named(encoder, rest, first)] = value
         return cls(**parts)
 
-    def at(self, image_size: int) -> AlbefCheckpoint:
-        """The same with the position embeddings of every image encoder interpolated to `image_size` pixels a side."""
-        patch = self.model[PATCHES].shape[-1]
-        if image_size < patch or image_size % patch:
-            raise UserError(f"image_size must be a multiple of the patch size {patch}, got {image_size}")
+    def at(self, sizes: FusionSizes) -> FusionCheckpoint:
+        """The same with the position embeddings of every image encoder interpolated to the grid of `sizes`."""
+        grid = sizes.image_size // sizes.patch
         model, momentum = (
-            {k: resized_positions(v, image_size // patch) if k == POSITIONS else v for k, v in part.items()}
+            {key: resized_positions(value, grid) if key == POSITIONS else value for key, value in part.items()}
             for part in (self.model, self.momentum)
         )
-        return AlbefCheckpoint(model=model, momentum=momentum, queues=self.queues, mlm_head=self.mlm_head)
+        return replace(self, model=model, momentum=momentum)
 
 
 def named(encoder: str, rest: str, first: int) -> str:
@@ -86,26 +83,16 @@ def named(encoder: str, rest: str, first: int) -> str:
     return f"{NAMES[encoder]}.{rest}"
 
 
-def first_fusion_layer(state: Mapping[str, Tensor], *, source: str) -> int:
-    """The text encoder's first layer with cross-attention, counted from 0."""
-    looking = [
-        int(layer[1])
-        for key in state
-        if key.startswith("text_encoder.") and (layer := LAYER.search(key)) and layer[2].startswith("crossattention.")
-    ]
-    if not looking:
-        raise UserError(f"{source} is no ALBEF checkpoint: no layer of a text encoder in it looks at an image")
-    if min(looking) == 0:
-        raise UserError(
-            f"{source} is no ALBEF checkpoint: its text encoder looks at the image from its first layer on, as BLIP's"
-        )
-    return min(looking)
+def first_fusion_layer(state: Mapping[str, Tensor]) -> int | None:
+    """The text encoder's first layer with cross-attention, counted from 0; None where no layer has it."""
+    layers = (LAYER.search(key) for key in state if key.startswith("text_encoder."))
+    return min((int(of[1]) for of in layers if of is not None and of[2].startswith("crossattention.")), default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlbefSizes:
-    """Of every part; the published ones. image_hidden, text_hidden: inside the feed-forward layers. vocabulary,
-    positions: ids and tokens that the text encoder knows."""
+class FusionSizes:
+    """Of every part; ALBEF's. image_hidden, text_hidden: inside the feed-forward layers. vocabulary, positions: ids and
+    tokens that the text encoder knows. text_layers, fusion_layers: that never look at the image, and that may."""
 
     image_size: int = 384
     patch: int = 16
@@ -123,7 +110,7 @@ class AlbefSizes:
     embed_dim: int = 256
 
     def __post_init__(self) -> None:
-        if self.image_size % self.patch:
+        if self.image_size < self.patch or self.image_size % self.patch:
             raise UserError(f"image_size must be a multiple of the patch size {self.patch}, got {self.image_size}")
         for name, width, heads in (
             ("image_heads", self.image_width, self.image_heads),
@@ -133,22 +120,25 @@ class AlbefSizes:
                 raise UserError(f"{name} must divide the width {width}, got {heads}")
 
     @classmethod
-    def of(cls, model: Mapping[str, Tensor], *, image_heads: int, text_heads: int, source: str) -> AlbefSizes:
-        """Read off the tensors of an `AlbefCheckpoint`; heads are the one thing that they do not tell.
+    def of(
+        cls, model: Mapping[str, Tensor], *, image_size: int | None, image_heads: int, text_heads: int, source: str
+    ) -> FusionSizes:
+        """Read off the tensors of a `FusionCheckpoint`; heads are the one thing that they do not tell.
 
+        image_size: instead of the file's own.
         Raises UserError naming a tensor that is not there.
         """
 
         def shape(key: str, dims: int = 2) -> tuple[int, ...]:
             if key not in model or model[key].dim() != dims:
-                raise UserError(f"{source} is no ALBEF checkpoint: '{key}' is missing or not of {dims} dimensions")
+                raise UserError(f"{source} is no whole checkpoint: '{key}' is missing or not of {dims} dimensions")
             return tuple(model[key].shape)
 
         patch, cells = shape(PATCHES, 4)[-1], shape(POSITIONS, 3)[1] - 1
         if math.isqrt(cells) ** 2 != cells:
-            raise UserError(f"{source} is no ALBEF checkpoint: its {cells} image positions are no square grid")
+            raise UserError(f"{source} is no whole checkpoint: its {cells} image positions are no square grid")
         return cls(
-            image_size=math.isqrt(cells) * patch,
+            image_size=math.isqrt(cells) * patch if image_size is None else image_size,
             patch=patch,
             image_width=shape(PATCHES, 4)[0],
             image_layers=count(model, "image_tower.blocks."),

@@ -32,6 +32,7 @@ from fastmat.text.candidates import CandidateSource
 from fastmat.types import ImageTransform, ThreatModel
 
 if typing.TYPE_CHECKING:
+    from fastmat.augment.augmentation import Augment
     from fastmat.text.candidate_cache import CandidateCache
     from fastmat.text.mlm import MaskedLanguageModel
 
@@ -449,6 +450,19 @@ def build_batches(
         seed=seed,
         workers=workers,
     )
+
+
+def build_augmentation(
+    arguments: Mapping[str, Any], dataset: RetrievalSet | ShardSet, *, where: str = "augment"
+) -> Augment | None:
+    """What adds captions and views to every batch; None where `arguments` ask for nothing."""
+    from fastmat.augment.augmentation import AugmentSettings, augmentation
+
+    settings = construct(AugmentSettings, arguments, where=where)
+    try:
+        return augmentation(settings, dataset if isinstance(dataset, RetrievalSet) else None)
+    except UserError as error:
+        raise at(where, error) from error
 
 
 def json_set(

@@ -85,7 +85,7 @@ class Tower:
     def flops(self) -> Flops:
         """Of one image or one text."""
         n, d = self.tokens, self.width
-        linear = self.layers * n * (8 * d * d + 4 * d * self.hidden) + 2 * d * self.embed
+        linear: float = self.layers * n * (8 * d * d + 4 * d * self.hidden) + 2 * d * self.embed
         core = self.layers * 4 * n * n * d
         if self.context:
             linear += self.layers * n * 4 * d * d + self.context_flops

@@ -134,8 +134,8 @@ def write_page(folder: Path, rows: Sequence[Observed], plot: str) -> None:
             "the whole tensors by collective are as predicted, to 0.1 %, where no second number stands. On the wire: "
             "all bytes that crossed the loopback of a network of their own, TCP's included; predicted: the ring's, "
             "with gloo's reduce-scatter, which is an all-reduce. Times tell little here: processes share the cores, "
-            "with gloo's copying and with other work that slows one process as well, so a ratio below the floor that idle "
-            "cores would set says that the machine was busy; seconds are confirmed by nothing here.",
+            "with gloo's copying and with other work that slows one process as well, so a ratio below the floor that "
+            "idle cores would set says that the machine was busy; seconds are confirmed by nothing here.",
             markdown(seen_lines(rows)),
         ]
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")

@@ -6,10 +6,14 @@ the attention of the trained model on the adversarial image and that of the froz
 over pixels, mean over images), plus 0.05 times the same with the trained model's attention on the clean image.
 Published: ViT-B/32, image tower alone, eps 1/255, 2 PGD steps of 1/255 on the cross-entropy; the text is the prompt of
 the image's class. On captions it is the mean of the image's own, and InfoNCE takes the place of the cross-entropy.
+
+One departure: attention trains the tower and not the projection, which it takes as a constant of the step. The weights
+outside of the forward are whole under no engine that shards them.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -24,7 +28,6 @@ from fastmat.defences.inner import attacking
 from fastmat.defences.teacher import Teacher
 from fastmat.errors import UserError
 from fastmat.models.protocol import ImageState, VisionLanguageModel
-from fastmat.models.sharding import whole
 from fastmat.types import Batch, ThreatModel
 
 
@@ -35,8 +38,7 @@ class TGAZSR:
     refinement_weight, constraint_weight: of the attention on adversarial and on clean images (the paper's alpha, beta).
     trains: ("image",) as published; on captions also both, while attention always takes the text as given.
     Raises UserError for another `against`, classes on a set without labels, a negative weight, and in `perturb` for a
-    model whose image tower gives no square grid of tokens that its projection fits, or whose projection is spread over
-    processes, and for a teacher of another width.
+    model whose image tower gives no square grid of tokens that its projection fits, and for a teacher of another width.
     """
 
     def __init__(
@@ -70,11 +72,9 @@ class TGAZSR:
         self._projection: nn.Module = nn.Identity()
 
     def perturb(self, model: VisionLanguageModel, batch: Batch, draws: Draws) -> Views:
-        if not whole(model.image_projection):
-            raise UserError("tga_zsr reads the image projection outside of the forward: use DDP or ZeRO 1 or 2 with it")
-        self._projection = model.image_projection
         with attacking(model):
             self.teacher.check(model)
+            self._projection = copy.deepcopy(model.image_projection)
             task, context = self.contrast.task(model, batch)
             images = self.attack.run(model, task, context, draws)[0].detach()
             # The trained model's own text features, also for the original, as published.

@@ -110,7 +110,7 @@ def test_tokens_of_transformers_clip_are_what_its_projection_expects():
     torch.testing.assert_close(embeds, every[:, 1:] @ clip.visual_projection.weight.T, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_reach_the_tower_through_the_attention():
+def test_attention_trains_the_tower_with_the_projection_of_the_step_as_a_constant():
     teacher, batch = tiny_clip().eval(), make_batch()
     student = student_of(teacher)
     defence = TGAZSR(threat=THREAT, teacher=teacher)
@@ -118,9 +118,9 @@ def test_gradients_reach_the_tower_through_the_attention():
     for name in ("attention/refinement", "attention/constraint"):
         first = student.image_tower.blocks[0].weight
         of_tower, of_projection = torch.autograd.grad(
-            terms[name], (first, student.image_projection.weight), retain_graph=True
+            terms[name], (first, student.image_projection.weight), retain_graph=True, allow_unused=True
         )
-        assert float(of_tower.abs().max()) > 0 and float(of_projection.abs().max()) > 0
+        assert float(of_tower.abs().max()) > 0 and of_projection is None
 
 
 def test_an_image_that_looks_alike_everywhere_gives_no_nan():

@@ -136,7 +136,8 @@ def check_shards(folder: Path) -> ShardIndex:
 
 def read_samples(path: Path, sha256: str) -> np.ndarray:
     """`SAMPLE` [N], mapped into memory; sha256: that of the file, which tells two of the same name apart."""
-    table = np.load(path, mmap_mode="r", allow_pickle=False)
+    # A plain array over the mapped pages: rows of a memmap are slow to take.
+    table = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     if table.dtype != SAMPLE:
         raise ValueError(f"{path} is not a table of samples")
     return table

@@ -214,19 +214,20 @@ class ShardBatches:
         path = dataset.folder / dataset.shards[number].file
         name = f"{path}, sample {row - self.first[number] + 1}"
         entry = _table(dataset.folder / SAMPLES, dataset.samples_sha256)[row]
+        picture_at, picture_bytes, text_at, text_bytes, is_json, crc32, group = entry.item()
         try:
             file = _opened(path).fileno()
-            picture = os.pread(file, entry["picture_bytes"], entry["picture"])
-            text = os.pread(file, entry["text_bytes"], entry["text"])
+            picture = os.pread(file, picture_bytes, picture_at)
+            text = os.pread(file, text_bytes, text_at)
         except OSError as error:
             raise UserError(f"{name}: cannot be read ({error.strerror})") from None
-        if zlib.crc32(text, zlib.crc32(picture)) != entry["crc32"]:
+        if zlib.crc32(text, zlib.crc32(picture)) != crc32:
             raise UserError(f"{name}: differs from its checksum in the index; the shard is damaged, fetch it again")
-        own = texts_of(text, bool(entry["json"]), dataset.captions, where=name)
+        own = texts_of(text, is_json, dataset.captions, where=name)
         # Keyed by the sample, so that nobody has to know the captions of another process's images.
         drawn = np.random.default_rng([self.seed, 2, epoch, row]).permutation(len(own))[: self.captions_per_image]
         pixels = self.transform(decode_image(picture, name=name))
-        return pixels, [own[i] for i in drawn], int(entry["group"])
+        return pixels, [own[i] for i in drawn], group
 
 
 class _Shares(Dataset[Batch | UserError]):

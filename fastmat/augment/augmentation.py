@@ -36,9 +36,7 @@ class AugmentSettings:
         if self.captions is not None and self.captions < 1:
             raise UserError(f"captions must be at least 1 or null, got {self.captions}")
         if self.captions is None and self.generated:
-            raise UserError(
-                f"generated is a share of captions: set captions to a number, got generated={self.generated}"
-            )
+            raise UserError(f"generated={self.generated} is a share of captions: set captions to a number, too")
         if self.views < 0:
             raise UserError(f"views must not be negative, got {self.views}")
         if not self.views and not self.keep_images:

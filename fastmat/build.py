@@ -43,7 +43,9 @@ MODELS = {
     "small": "fastmat.models.small:small_clip",
     "tiny": "fastmat.models.tiny:tiny_clip",
     "albef": "fastmat.models.albef:load_albef",
-    "tiny_albef": "fastmat.models.tiny_albef:tiny_albef",
+    "blip": "fastmat.models.blip:load_blip",
+    "tiny_albef": "fastmat.models.tiny_fusion:tiny_albef",
+    "tiny_blip": "fastmat.models.tiny_fusion:tiny_blip",
 }
 ATTACKS = {
     "pgd": "fastmat.attacks.pgd:PGD",

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from fastmat.models.albef import Albef, load_albef
+from fastmat.models.blip import Blip, load_blip
 from fastmat.models.dual_encoder import DualEncoder
 from fastmat.models.hf_clip import CLIP_MEAN, CLIP_STD, VisionTower, take_apart
 from fastmat.models.protocol import ImageState, TextState, TextTokens, token_batch
@@ -139,16 +140,23 @@ def golden_classifier() -> tuple[DualEncoder, nn.Linear, Batch, Tensor]:
 
 def golden_albef(folder: Path, name: str = "albef_weights", **settings: object) -> Albef:
     """A recorded ALBEF, from its file in the official layout. folder: for a vocabulary of the model's size."""
-    size = golden(name)[0]["bert_config"]["vocab_size"]
+    vocabulary = cut_vocabulary(folder, golden(name)[0]["bert_config"]["vocab_size"])
+    file = Path(os.environ["FASTMAT_GOLDEN"]) / f"{name}.pth"
+    file = file if file.exists() else file.with_suffix(".safetensors")
+    return load_albef(file, vocabulary=vocabulary, image_heads=4, text_heads=4, **settings).eval()
+
+
+def golden_blip(folder: Path, **settings: object) -> Blip:
+    """The recorded BLIP, from its file in the official layout. folder: for a vocabulary of the model's size."""
+    vocabulary = cut_vocabulary(folder, golden("blip_weights")[0]["med_config"]["vocab_size"] - 2)
+    file = Path(os.environ["FASTMAT_GOLDEN"]) / "blip_weights.pth"
+    return load_blip(file, vocabulary=vocabulary, image_heads=4, text_heads=4, **settings).eval()
+
+
+def cut_vocabulary(folder: Path, size: int) -> str:
+    """The first pieces of BERT's vocabulary, in a file."""
     bert_tokenizer()  # skips without the recordings
-    recordings = Path(os.environ["FASTMAT_GOLDEN"])
-    lines = (recordings.parent / "data/vocab/bert-base-uncased-vocab.txt").read_text().splitlines()
-    (folder / "vocab.txt").write_text("\n".join(lines[:size]) + "\n")
-    file = recordings / f"{name}.pth"
-    return load_albef(
-        file if file.exists() else file.with_suffix(".safetensors"),
-        vocabulary=str(folder / "vocab.txt"),
-        image_heads=4,
-        text_heads=4,
-        **settings,
-    ).eval()
+    whole = Path(os.environ["FASTMAT_GOLDEN"]).parent / "data/vocab/bert-base-uncased-vocab.txt"
+    file = folder / "vocab.txt"
+    file.write_text("\n".join(whole.read_text().splitlines()[:size]) + "\n")
+    return str(file)

@@ -35,12 +35,12 @@ class FusionEncoder(nn.Module):
         self.layers = nn.ModuleList(FusionLayer(width, heads, hidden, image_width, dropout) for _ in range(layers))
 
     def forward(
-        self, x: Tensor, mask: Tensor, image_tokens: Tensor, owner: Tensor | None = None, *, maps: bool = False
+        self, x: Tensor, mask: Tensor, image_tokens: Tensor | None, owner: Tensor | None = None, *, maps: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Fused tokens [P, L, W], and with `maps` the cross-attention [P, H, L, N] of every layer.
 
-        x [P, L, W], mask [P, L] bool: the texts. image_tokens [B, N, D]; owner [P]: the image row of each text, None:
-        the text's own row.
+        x [P, L, W], mask [P, L] bool: the texts. image_tokens [B, N, D], None: the texts alone, as BLIP encodes them;
+        owner [P]: the image row of each text, None: the text's own row.
         """
         seen, found = mask[:, None, None], []
         for layer in self.layers:
@@ -59,9 +59,11 @@ class FusionLayer(nn.Module):
         self.feed_forward = FeedForward(width, hidden, dropout)
 
     def forward(
-        self, x: Tensor, seen: Tensor, image_tokens: Tensor, owner: Tensor | None, *, maps: bool
+        self, x: Tensor, seen: Tensor, image_tokens: Tensor | None, owner: Tensor | None, *, maps: bool
     ) -> tuple[Tensor, Tensor | None]:
         x, _ = self.attention(x, *self.attention.keys_values(x), seen)
+        if image_tokens is None:
+            return self.feed_forward(x), None
         keys, values = self.crossattention.keys_values(image_tokens)
         if owner is not None:
             keys, values = keys[owner], values[owner]

@@ -95,9 +95,10 @@ class WordPieceTokenizer:
         return [self._start, *ids[: max_length - 1 - len(self._end)], *self._end]
 
 
-def read_bert_tokenizer(source: str, *, size: int) -> BertTokenizerFast:
-    """BERT's lower-casing tokenizer from a `vocab.txt`, a folder or a hub id; size: pieces that the model knows.
+def read_bert_tokenizer(source: str, *, size: int, added: int = 0) -> BertTokenizerFast:
+    """BERT's lower-casing tokenizer from a `vocab.txt`, a folder or a hub id.
 
+    size: pieces that the model knows; added: how many of them, the last, are no words and may be missing.
     Raises UserError when there is none or it is another model's.
     """
     from transformers import BertTokenizerFast
@@ -112,7 +113,7 @@ def read_bert_tokenizer(source: str, *, size: int) -> BertTokenizerFast:
         raise UserError(
             f"vocabulary: no BERT tokenizer in {source!r} ({line}); give a vocab.txt, a folder or a hub id"
         ) from error
-    if len(bert) != size:
+    if len(bert) not in (size, size - added):
         raise UserError(
             f"vocabulary: {source} has {len(bert)} pieces, the model {size}; give the one it was trained with"
         )

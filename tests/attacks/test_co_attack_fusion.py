@@ -24,7 +24,7 @@ from fastmat.errors import UserError
 from fastmat.models.albef import Albef
 from fastmat.models.protocol import ImageState
 from fastmat.models.tiny import tiny_clip
-from fastmat.models.tiny_albef import tiny_albef
+from fastmat.models.tiny_fusion import tiny_albef
 from fastmat.quirks import Quirks
 from fastmat.text.fused import FusedTexts
 from fastmat.text.words import STOP_WORDS

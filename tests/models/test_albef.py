@@ -15,7 +15,7 @@ from fastmat.errors import UserError
 from fastmat.models.albef import Albef, load_albef
 from fastmat.models.fusion_checkpoint import FusionCheckpoint, FusionSizes
 from fastmat.models.protocol import FusionModel, TextState, TextTokens
-from fastmat.models.tiny_albef import tiny_albef
+from fastmat.models.tiny_fusion import tiny_albef
 
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "runs", "red", "##s", "on", "snow"]
 TINY = replace(tiny_albef().sizes, vocabulary=len(PIECES))

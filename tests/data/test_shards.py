@@ -366,7 +366,9 @@ def test_a_shard_that_cannot_be_used(tmp_path: Path, members: list, message: str
     assert [path.name for path in tmp_path.iterdir()] == ["x.tar"]
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.GNUTYPE_SPARSE]
+)
 def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
     info = tarfile.TarInfo("b.png")
     info.type, info.linkname = kind, "/etc/passwd"

@@ -26,7 +26,7 @@ from fastmat.defences.base import Features, Views
 from fastmat.defences.embedding_space import EmbeddingSpace
 from fastmat.defences.inner import Captions, TextAttack, TextSearch, attacking, unit_captions, unit_images
 from fastmat.defences.teacher import Teacher
-from fastmat.defences.terms import contrastive_between, mean_over_texts
+from fastmat.defences.terms import contrastive_between, mean_over_texts, of_everyone
 from fastmat.errors import UserError, nearest
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.types import AttackContext, Batch, ThreatModel
@@ -140,7 +140,7 @@ class MAT:
                 text_features=unit_captions(model, captions),
                 text_group=batch.text_group,
             )
-            return self.attack.run(model, batch.replace(texts=captions.texts), context, draws)[0]
+            return self.attack.run(model, batch.replace(texts=captions.texts), of_everyone(context), draws)[0]
 
         if self.order == "text_image":
             captions = attack_texts(clean)

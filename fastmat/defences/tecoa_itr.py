@@ -15,7 +15,7 @@ from fastmat.attacks.objectives import Objective
 from fastmat.attacks.pgd import PGD
 from fastmat.defences.base import Features, Views
 from fastmat.defences.inner import attacking
-from fastmat.defences.terms import contrastive_between
+from fastmat.defences.terms import contrastive_between, of_everyone
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.types import Batch, ThreatModel
 
@@ -43,7 +43,7 @@ class TeCoAITR:
 
     def perturb(self, model: VisionLanguageModel, batch: Batch, draws: Draws) -> Views:
         with attacking(model):
-            images, _ = self.attack.run(model, batch, context_of(model, batch), draws)
+            images, _ = self.attack.run(model, batch, of_everyone(context_of(model, batch)), draws)
         return Views(images={"adv": images.detach()}, texts={"clean": batch.texts})
 
     def loss(self, features: Features) -> dict[str, Tensor]:

@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 from torch import Tensor
 
 from fastmat.defences.base import Features
 from fastmat.ops import contrastive_loss, contrastive_rows
+from fastmat.types import AttackContext
+
+Gathering = Callable[[AttackContext], AttackContext]
+_gathering: ContextVar[Gathering | None] = ContextVar("gathering", default=None)
+
+
+def of_everyone(context: AttackContext) -> AttackContext:
+    """The context of an inner attack, made of this process's share, over the batch of all processes.
+
+    An image is then attacked against the texts it would be attacked against in one process with the whole batch, so the
+    number of processes changes nothing. Every process calls it, equally often in a step.
+    """
+    gather = _gathering.get()
+    return context if gather is None else gather(context)
+
+
+@contextmanager
+def gathering(gather: Gathering | None) -> Iterator[None]:
+    """Inside, `of_everyone` gathers by this; the training loop's part."""
+    token = _gathering.set(gather)
+    try:
+        yield
+    finally:
+        _gathering.reset(token)
 
 
 def contrastive_between(features: Features, images: str, texts: str) -> Tensor:

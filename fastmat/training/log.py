@@ -39,9 +39,16 @@ class StepLog:
         self.pairs += pairs
 
     def write(
-        self, step: int, terms: Mapping[str, float], *, grad_norm: float, lr: float, skipped: int
+        self,
+        step: int,
+        terms: Mapping[str, float],
+        *,
+        grad_norm: float,
+        lr: float,
+        skipped: int,
+        taken: Mapping[str, float],
     ) -> dict[str, Any]:
-        """The line of a finished step; what is not finite is written as null."""
+        """The line of a finished step; what is not finite is written as null. taken: seconds since the line before."""
         now = time.perf_counter()
         rate = (self.pairs - self._last_pairs) / max(now - self._last_time, 1e-9)
         self._last_time, self._last_pairs = now, self.pairs
@@ -54,14 +61,16 @@ class StepLog:
             "skipped": skipped,
             "seconds": round(now - self._began, 3),
             "pairs_per_s": round(rate, 2),
+            "taken": dict(taken),
         }
         self._append(line)
         return line
 
-    def note(self, step: int, line: Mapping[str, Any] | None) -> None:
-        """A line of another kind after `step` steps; None: no line."""
-        if line is not None:
-            self._append({"step": step, **line})
+    def note(self, step: int, told: Mapping[str, Any]) -> dict[str, Any]:
+        """A line of another kind after `step` steps."""
+        line = {"step": step, **told}
+        self._append(line)
+        return line
 
     def _append(self, line: Mapping[str, Any]) -> None:
         if self.enabled:

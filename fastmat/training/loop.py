@@ -16,11 +16,13 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastmat.attacks.draws import Draws, SeededDraws
 from fastmat.defences.base import Defence
+from fastmat.defences.phases import heard_by
+from fastmat.defences.terms import gathering
 from fastmat.errors import UserError
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.models.weights import load_weights, save_state
@@ -32,6 +34,7 @@ from fastmat.training.checkpoint import (
     read_run_state,
     save_checkpoint,
 )
+from fastmat.training.clock import StepClock, split_text
 from fastmat.training.engine import check_moments, make_accelerator, make_engine
 from fastmat.training.forward import encode_views
 from fastmat.training.interrupt import Interrupted, interruptible
@@ -114,10 +117,13 @@ def train(
     trained = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in chosen}
     start = skipped = 0
     written_by: dict[str, Any] = {}
+    moments: dict[str, Tensor] = {}
     if found is not None:
         state = read_run_state(found, told)
         start, skipped, written_by = state["step"], state["skipped"], state["written_by"]
         load_weights(model, found / "weights.safetensors")
+        moments = read_moments(found)
+        check_moments(moments, trained)
     shares = batches.iterate(start, settings.steps, rank=peers.rank, world=peers.world)
     outer = Outer(model, settings, device=accelerator.device)
 
@@ -130,20 +136,33 @@ def train(
         engine = make_engine(accelerator, outer, model, trained, settings)
         runs = {"processes": peers.world, "engine": engine.name}
         if found is not None:
-            moments = read_moments(found)
-            check_moments(moments, trained)
             engine.load_moments(moments, updates=start - skipped)
             _tell_of_change(found, written_by, runs, first=peers.rank == 0)
         statistics = NormStatistics(model)
         last_checkpoint = found
         log = StepLog(out / "log.jsonl", start=start, enabled=peers.rank == 0)
+        clock = StepClock(accelerator.device)
         bad_in_a_row = 0
         terms: dict[str, float] = {}
         silent = None if peers.rank == 0 else True  # None: where no terminal shows it; log.jsonl has it all
         bar = tqdm(total=settings.steps, initial=start, unit="step", disable=silent)
         autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
 
+        def watched(done: int, checkpoint: Path) -> None:
+            for watcher in watchers:
+                seen = watcher.saved(done, checkpoint, engine.attacked())
+                if seen is None:
+                    continue
+                if seen.get("best") and peers.rank == 0:
+                    mark_best(checkpoint)
+                line = log.note(done, seen)
+                for other in watchers:
+                    other.logged(line)
+
+        if found is not None:
+            watched(start, found)  # it may have been saved and no more
         for step in range(start, settings.steps):
+            clock.enter("loading")
             draws = SeededDraws(keyed(settings.seed, step))
 
             def fetch(draws: Draws = draws) -> Batch:
@@ -151,8 +170,11 @@ def train(
                 return share if augment is None else augment(share, draws)
 
             batch, texts = peers.shared(fetch)
-            with engine.attacked() as attacked, autocast:
+            clock.enter("image_attack")
+            of_all = partial(peers.context, texts=texts) if peers.world > 1 else None
+            with engine.attacked() as attacked, gathering(of_all), autocast, heard_by(clock.enter):
                 views = defence.perturb(attacked, batch, draws)
+            clock.enter("outer")
             set_seed(keyed(settings.seed, step, peers.rank))  # dropout
             statistics.keep()
             features = peers.joined(encode_views(engine.forward, model, views, batch), texts)
@@ -163,8 +185,11 @@ def train(
             poisoned = total * torch.where(total.isfinite(), 1.0, math.nan)
             rate = settings.lr * cosine_with_warmup(step, steps=settings.steps, warmup_steps=settings.warmup_steps)
             norm = engine.backward(poisoned, rate=rate)
+            clock.enter("outer")  # a border that the device will have passed in a moment
             # The only wait for the device: one small vector, averaged over the processes so that all decide alike.
             ctrl_c, sigterm, gradient, *values = peers.mean([interrupted(), terminated(), norm, *losses.values()])
+
+            clock.read()
 
             terms = dict(zip(losses, values, strict=True))
             finite = math.isfinite(gradient) and all(map(math.isfinite, values))
@@ -180,11 +205,13 @@ def train(
             bar.update()
             done = step + 1
             if done % settings.log_every == 0 or done == settings.steps or not finite:
-                line = log.write(done, terms, grad_norm=gradient, lr=rate, skipped=skipped)
-                bar.set_postfix_str(f"loss {sum(values):.4f}, {line['pairs_per_s']:.0f} pairs/s")
+                taken = clock.taken()
+                line = log.write(done, terms, grad_norm=gradient, lr=rate, skipped=skipped, taken=taken)
+                bar.set_postfix_str(f"loss {sum(values):.4f}, {line['pairs_per_s']:.0f} pairs/s, {split_text(taken)}")
                 for watcher in watchers:
                     watcher.logged(line)
             if finite and (done % settings.save_every == 0 or done == settings.steps or ctrl_c or sigterm):
+                clock.enter("saving")
                 save = partial(
                     save_checkpoint,
                     out / "checkpoints",
@@ -196,11 +223,7 @@ def train(
                 last_checkpoint = peers.agreed(save)
                 if (ctrl_c or sigterm) and done < settings.steps:
                     raise Interrupted(last_checkpoint, signal.SIGINT if ctrl_c else signal.SIGTERM)
-                for watcher in watchers:
-                    seen = watcher.saved(done, last_checkpoint, engine.attacked())
-                    log.note(done, seen)
-                    if seen is not None and seen.get("best") and peers.rank == 0:
-                        mark_best(last_checkpoint)
+                watched(done, last_checkpoint)
         weights = engine.weights()
         bar.close()
     final = out / "model.safetensors"
@@ -224,7 +247,7 @@ def keyed(*parts: int) -> int:
 def never_saved(out: Path) -> bool:
     """Whether a run in `out` ended before its first checkpoint: there is nothing to lose or to go on with."""
     left = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    return "log.jsonl" in left and left <= {"log.jsonl", "checkpoints"} and not checkpoints(out / "checkpoints")
+    return "log.jsonl" in left and left <= {"log.jsonl", "checkpoints", "trackers"} and not checkpoints(out / "checkpoints")
 
 
 def _find_start(out: Path, resume: bool) -> Path | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastmat.defences.base import Everyone, Features
 from fastmat.errors import UserError
-from fastmat.types import Batch
+from fastmat.types import AttackContext, Batch
 
 T = TypeVar("T")
 
@@ -100,6 +100,20 @@ class Peers:
             group=features.group,
             text_group=features.text_group,
             everyone=cache(lambda: self._everyone(features, texts)),
+        )
+
+    def context(self, context: AttackContext, *, texts: tuple[int, ...]) -> AttackContext:
+        """The frozen features that an inner attack contrasts with, of all processes. texts: from `shared`."""
+        lengths = [(len(context.image_group),) * self.world, texts]
+        features = self._stacked(padded([context.image_features, context.text_features], lengths))
+        groups = self._stacked(padded([context.image_group, context.text_group], lengths))
+        image_features, text_features = unpadded(features, lengths)
+        image_group, text_group = unpadded(groups, lengths)
+        return AttackContext(
+            image_features=image_features,
+            image_group=image_group,
+            text_features=text_features,
+            text_group=text_group,
         )
 
     def _everyone(self, features: Features, texts: tuple[int, ...]) -> Everyone:

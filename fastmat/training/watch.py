@@ -20,7 +20,7 @@ class Watcher(Protocol):
     def saved(
         self, step: int, checkpoint: Path, attacked: AbstractContextManager[VisionLanguageModel]
     ) -> Mapping[str, Any] | None:
-        """A checkpoint of `step` steps is complete. Inside `attacked` is the model with whole weights.
+        """A checkpoint of `step` steps is complete, or gone on with. Inside `attacked` is the model with whole weights.
 
         What comes back is a line for `log.jsonl`, its number of steps added to it; `best: true` in it keeps this
         checkpoint, instead of the one before that was best.

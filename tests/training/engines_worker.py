@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from training.runs import run
+from training.runs import go_on, run
 
 from fastmat.training.engine import make_accelerator
 
@@ -33,7 +33,10 @@ def main() -> None:
         for state in (AcceleratorState, PartialState, GradientState):
             state._reset_state()
         accelerator = make_accelerator()
-        run(name, out / f"{engine}-{accelerator.num_processes}" / name, accelerator=accelerator)
+        if name.startswith("until"):
+            go_on(out / "handed-over", int(name.removeprefix("until")), accelerator=accelerator)
+        else:
+            run(name, out / f"{engine}-{accelerator.num_processes}" / name, accelerator=accelerator)
     dist.destroy_process_group()
 
 

@@ -1,14 +1,20 @@
 """The runs that engines are compared by: the same in one process and in several."""
 
 import math
+import os
+import signal
+from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
-from training.synthetic import THREAT, Synthetic, model_with_state, settings
+from training.synthetic import THREAT, Synthetic, settings
 
 from fastmat.defences.fare import FARE
 from fastmat.defences.finetune import FineTune
+from fastmat.defences.tecoa_itr import TeCoAITR
 from fastmat.models.tiny import tiny_clip
+from fastmat.training.interrupt import Interrupted
 from fastmat.training.loop import TrainReport, train
 
 
@@ -29,8 +35,8 @@ class NaNInLastProcess(FineTune):
 
 
 def run(name: str, out: Path, **others: object) -> TrainReport:
-    """finetune; fare (an attack, one tower); nan (a skipped step); hot (the logit scale at its bound); micro, recompute
-    (less memory)."""
+    """finetune; fare (an attack, one tower); tecoa_itr (an attack that contrasts); nan (a skipped step); hot (the logit
+    scale at its bound); micro, recompute (less memory)."""
     model = tiny_clip()
     told = settings(steps=4, lr=1e-3, save_every=2)
     defence = FineTune()
@@ -44,6 +50,29 @@ def run(name: str, out: Path, **others: object) -> TrainReport:
         told = settings(steps=4, lr=1e-3, save_every=2, micro_batch=1)
     elif name == "recompute":
         told = settings(steps=4, lr=1e-3, save_every=2, activation_checkpointing=True)
-    elif name == "norms":
-        model = model_with_state()
+    elif name == "tecoa_itr":
+        defence = TeCoAITR(threat=THREAT, steps=2)
     return train(model, defence, Synthetic(size=8), settings=told, out=out, config={"run": name}, **others)
+
+
+@dataclass
+class Until(Synthetic):
+    """Asks this process to stop, as a scheduler does, while the last batch before `steps` is fetched."""
+
+    steps: int = 0
+
+    def iterate(self, start, stop, **share):
+        for step, batch in zip(range(start, stop), super().iterate(start, stop, **share), strict=True):
+            if step == self.steps - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+
+def go_on(out: Path, steps: int, **others: object) -> None:
+    """The run `finetune`, from where `out` stands to `steps`."""
+    with pytest.raises(Interrupted) as stopped:
+        train(
+            tiny_clip(), FineTune(), Until(size=8, steps=steps), settings=settings(steps=4, lr=1e-3, save_every=2),
+            out=out, resume=out.exists(), config={"run": "finetune"}, **others,
+        )  # fmt: skip
+    assert stopped.value.asked_by == signal.SIGTERM

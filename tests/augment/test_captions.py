@@ -125,6 +125,29 @@ def test_a_config_makes_captions_and_views() -> None:
     assert views_only(batch, SeededDraws(0)).texts == batch.texts
 
 
+def test_a_stream_has_views_and_no_draw_of_captions() -> None:
+    assert augmentation(AugmentSettings(views=1), None) is not None
+    with pytest.raises(UserError, match="not from shards; use captions_per_image"):
+        augmentation(AugmentSettings(captions=2), None)
+
+
+def test_a_process_makes_of_its_share_what_one_process_makes_of_the_whole() -> None:
+    """The same images and captions, in another order, and equally many on each."""
+    dataset = a_set([("h", "g"), ("i",), ("j", "k", "l"), ("m", "n")], [(None, EDA), (None,), (None,) * 3, (None, EDA)])
+    augment = augmentation(AugmentSettings(captions=3, generated=0.5, views=2), dataset)
+    assert augment is not None
+    batch = batch_of([2, 0, 3, 1]).replace(images=torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+    whole = augment(batch, SeededDraws(3))
+    shares = [augment(batch.rows(*rows), SeededDraws(3)) for rows in ((0, 2), (2, 4))]
+    assert [(len(share), len(share.texts)) for share in shares] == [(6, 6), (6, 6)]
+    assert sum((share.texts for share in shares), ()) == whole.texts
+    places = {int(index): row for row, index in enumerate(whole.index)}
+    for share in shares:
+        for row, index in enumerate(share.index.tolist()):
+            assert torch.equal(share.images[row], whole.images[places[index]])
+            assert share.group[row] == whole.group[places[index]]
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [

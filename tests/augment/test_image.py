@@ -183,7 +183,7 @@ def test_values_out_of_range(wrong) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_the_views_are_the_same() -> None:
+def test_on_a_gpu_the_views_are_the_same_and_nobody_waits() -> None:
     batch = random_batch((1, 1, 1, 1), size=64)
     views = ImageViews(views=2)
     there = views_of(batch.to("cuda"), views)
@@ -191,3 +191,9 @@ def test_on_a_gpu_the_views_are_the_same() -> None:
     # equalize maps 8-bit values, which a rounding error may move by one
     assert ((there.images.cpu() - here.images).abs() > 1e-4).float().mean() < 0.01
     assert there.images.is_cuda and there.group.is_cuda
+    images = batch.images.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        views.view(images, batch.index, SeededDraws(5))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

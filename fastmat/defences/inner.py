@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastmat.attacks.base import frozen
 from fastmat.attacks.engine import active, executing
+from fastmat.defences.phases import text_attack
 from fastmat.models.protocol import TextTokens, VisionLanguageModel
 from fastmat.types import Batch
 
@@ -66,9 +67,11 @@ class TextAttack:
         self._search = search
         self._model = model
         self._batch = batch
-        self._plan = search.plan(model, batch.texts)
+        with text_attack():
+            self._plan = search.plan(model, batch.texts)
 
     def __call__(self, image_features: Tensor) -> Captions:
         """image_features: [B, E] unit rows that the captions shall not match."""
-        found = self._search.search(self._model, self._plan, image_features[self._batch.txt2img])
+        with text_attack():
+            found = self._search.search(self._model, self._plan, image_features[self._batch.txt2img])
         return found if isinstance(found, Captions) else Captions(tuple(found))

@@ -18,6 +18,7 @@ from fastmat.attacks.word_substitution import WordSubstitution
 from fastmat.defences.base import Features, Views
 from fastmat.defences.classes import Against, Contrast, Prompts
 from fastmat.defences.inner import attacking
+from fastmat.defences.phases import text_attack
 from fastmat.defences.terms import contrastive_between
 from fastmat.errors import UserError
 from fastmat.models.protocol import VisionLanguageModel
@@ -79,7 +80,8 @@ class MMCoA:
     def perturb(self, model: VisionLanguageModel, batch: Batch, draws: Draws) -> Views:
         with attacking(model):
             images, _ = self.image_attack.run(model, *self.contrast.task(model, batch), draws)
-            texts = self.text_attack.search(model, self.text_attack.plan(model, batch.texts))
+            with text_attack():
+                texts = self.text_attack.search(model, self.text_attack.plan(model, batch.texts))
         return Views(
             images={"clean": batch.images, "adv": images.detach()},
             texts={"clean": batch.texts, "adv": texts},

@@ -247,7 +247,8 @@ def keyed(*parts: int) -> int:
 def never_saved(out: Path) -> bool:
     """Whether a run in `out` ended before its first checkpoint: there is nothing to lose or to go on with."""
     left = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    return "log.jsonl" in left and left <= {"log.jsonl", "checkpoints", "trackers"} and not checkpoints(out / "checkpoints")
+    begun = "log.jsonl" in left and left <= {"log.jsonl", "checkpoints", "trackers"}
+    return begun and not checkpoints(out / "checkpoints")
 
 
 def _find_start(out: Path, resume: bool) -> Path | None:

@@ -1,8 +1,9 @@
 """More views of the images of a batch, made on its device: a random crop, then RandAugment (Cubuk et al., 2020).
 
 RandAugment applies `operations` operations in a row, each drawn uniformly from a list, all at one `magnitude`, with a
-random sign where there are two. The list is the one of ALBEF's and BLIP's training: none of it changes a colour, which
-captions name. They also flip, which is left out here, since captions say left and right.
+random sign where there are two. The list is the one of ALBEF's and BLIP's training, which leaves out what recolours a
+picture outright (colour, posterize, solarize), since captions name colours. They also flip; here that is left out,
+since captions say left and right.
 """
 
 from __future__ import annotations

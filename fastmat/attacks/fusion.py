@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,19 +9,19 @@ from torch import Tensor
 from fastmat.attacks.objectives import Bound
 from fastmat.attacks.word_substitution import TextPlan, WordSubstitution
 from fastmat.errors import UserError
-from fastmat.models.protocol import FusionModel, ImageState, TextTokens, VisionLanguageModel
+from fastmat.models.protocol import FusionModel, ImageState, TextTokens, VisionLanguageModel, fuses
 from fastmat.text.fused import FusedTexts
 from fastmat.types import AttackContext, Batch
 
 
 def fusion_model(model: VisionLanguageModel) -> FusionModel:
     """The same model. Raises UserError when it has no fusion encoder."""
-    if not hasattr(model, "fuse"):
+    if not fuses(model):
         raise UserError(
             f"{type(model).__name__} does not fuse images with texts, so representation 'fusion' is not there: "
-            "take a model that does (albef), or 'embeds'"
+            "take a model that does (albef, blip), or 'embeds'"
         )
-    return cast("FusionModel", model)
+    return model
 
 
 def plan_of(words: WordSubstitution, model: VisionLanguageModel, batch: Batch) -> TextPlan:

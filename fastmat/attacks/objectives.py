@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastmat.attacks.base import text_features
 from fastmat.errors import UserError
-from fastmat.models.protocol import ImageState, VisionLanguageModel
+from fastmat.models.protocol import ImageState, VisionLanguageModel, fuses
 from fastmat.ops import contrastive_statistics, cosine_to_set
 from fastmat.text.encoded import represent
 from fastmat.types import AttackContext, Batch
@@ -98,7 +98,7 @@ class KLFromClean:
 
     def bind(self, model: VisionLanguageModel, batch: Batch, context: AttackContext) -> Bound:
         what = self.representation
-        if what == "cls" and not hasattr(model, "fuse"):
+        if what == "cls" and not fuses(model):
             raise UserError(
                 f"the image tokens of {type(model).__name__} begin with no class token; use 'embeds' instead of 'cls'"
             )

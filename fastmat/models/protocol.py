@@ -6,7 +6,7 @@ Images go in as [B, 3, H, W] fp32 in [0, 1]; normalisation, resizing and tokenis
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -194,3 +194,16 @@ class FusionModel(VisionLanguageModel, Protocol):
         once, however many texts it has. maps: also give the attention to the image, in the graph.
         """
         ...
+
+
+# Not isinstance: from Python 3.12 on it sees no attribute that a module keeps among its submodules.
+def has_prefixes(model: VisionLanguageModel) -> TypeGuard[PrefixModel]:
+    return hasattr(model, "text_prefixes")
+
+
+def has_embeddings(model: VisionLanguageModel) -> TypeGuard[EmbeddingModel]:
+    return hasattr(model, "token_embedding")
+
+
+def fuses(model: VisionLanguageModel) -> TypeGuard[FusionModel]:
+    return hasattr(model, "fuse")

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from fastmat.errors import UserError
 from fastmat.memory import Chunks
-from fastmat.models.protocol import ImageState, PrefixModel, TextPrefixes, TextState, VisionLanguageModel, token_batch
+from fastmat.models.protocol import (
+    ImageState,
+    PrefixModel,
+    TextPrefixes,
+    TextState,
+    VisionLanguageModel,
+    has_prefixes,
+    token_batch,
+)
 from fastmat.text.spelling import Ids, shared
 
 Representation = Literal["features", "embeds", "tokens", "cls", "fusion"]
@@ -80,7 +88,7 @@ class EncodedTexts:
 
         base: for each text one that it begins like, if there is one. It changes how much is computed, not what.
         """
-        if base is not None and isinstance(self.model, PrefixModel) and not {"tokens", "cls"} & set(self.parts):
+        if base is not None and has_prefixes(self.model) and not {"tokens", "cls"} & set(self.parts):
             self._encode_variants(self.model, self._unseen(dict(zip(texts, base, strict=True))))
         self._encode(sorted(self._unseen(dict.fromkeys(texts, ())), key=len))
         index = torch.tensor([self._row[text] for text in texts], device=self.device, dtype=torch.int64)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmat.errors import UserError
-from fastmat.models.protocol import EmbeddingModel, TextState, VisionLanguageModel, token_batch
+from fastmat.models.protocol import TextState, VisionLanguageModel, has_embeddings, token_batch
 from fastmat.text.spelling import Ids, shared
 
 
@@ -26,7 +26,7 @@ def estimates(
     The gradient with respect to the embeddings of the tokens that differ, averaged over them, times the difference of
     the sums of embeddings. Raises UserError for a model that hides its embeddings.
     """
-    embedding = model.token_embedding if isinstance(model, EmbeddingModel) else None
+    embedding = model.token_embedding if has_embeddings(model) else None
     if embedding is None:
         raise UserError("screen needs a model whose token embeddings are known: leave screen off")
     device = embedding.weight.device

@@ -14,7 +14,8 @@ from fastmat import build
 from fastmat.errors import UserError
 from fastmat.models.albef import Albef, load_albef
 from fastmat.models.fusion_checkpoint import FusionCheckpoint, FusionSizes
-from fastmat.models.protocol import FusionModel, TextState, TextTokens
+from fastmat.models.protocol import FusionModel, TextState, TextTokens, fuses, has_embeddings, has_prefixes
+from fastmat.models.tiny import tiny_clip
 from fastmat.models.tiny_fusion import tiny_albef
 
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "runs", "red", "##s", "on", "snow"]
@@ -378,6 +379,12 @@ def test_a_shift_moves_the_embeddings_of_the_tokens() -> None:
     difference = (words[tokens.ids[1]] - words[tokens.ids[0]])[None]
     moved = model.encode_text(TextTokens(tokens.ids[:1], tokens.mask[:1], difference))
     torch.testing.assert_close(moved.embeds, model.encode_text(tokens).embeds[1:])
+
+
+def test_what_a_model_offers() -> None:
+    clip, albef = tiny_clip(), tiny_albef()
+    assert fuses(albef) and has_embeddings(albef) and not has_prefixes(albef)
+    assert not fuses(clip) and has_prefixes(clip) and has_embeddings(clip)
 
 
 def test_names_of_the_registry() -> None:

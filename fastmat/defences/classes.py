@@ -17,7 +17,7 @@ from fastmat.attacks.base import context_of, text_features
 from fastmat.attacks.objectives import Bound, Contrastive, Objective
 from fastmat.defences.base import Features
 from fastmat.defences.teacher import Teacher
-from fastmat.defences.terms import contrastive_between
+from fastmat.defences.terms import contrastive_between, of_everyone
 from fastmat.errors import UserError, nearest
 from fastmat.models.protocol import ImageState, VisionLanguageModel
 from fastmat.ops import contrastive_statistics
@@ -120,8 +120,12 @@ class Contrast:
         return CrossEntropy(logit_scale=logit_scale) if self.classes else Contrastive()
 
     def task(self, model: VisionLanguageModel, batch: Batch) -> tuple[Batch, AttackContext]:
-        """What the objective is bound to."""
+        """What the objective is bound to, of this process; `everyone` makes it that of all."""
         return self.classes.task(model, batch) if self.classes else (batch, context_of(model, batch))
+
+    def everyone(self, context: AttackContext) -> AttackContext:
+        """Classes are the same in every process; captions are gathered."""
+        return context if self.classes else of_everyone(context)
 
     def texts(self, batch: Batch) -> dict[str, tuple[str, ...]]:
         """The text views of the outer forward."""
@@ -138,13 +142,17 @@ class Contrast:
         total = torch.zeros_like(context.image_features).index_add_(0, task.txt2img, context.text_features)
         return F.normalize(total, dim=-1)
 
-    def teacher_columns(self, teacher: Teacher, batch: Batch) -> Tensor:
+    def teacher_columns(self, teacher: Teacher, batch: Batch, context: AttackContext) -> Tensor:
         """`columns` as the teacher has them."""
-        return self.classes.features(teacher.model) if self.classes else teacher.texts(batch).features
+        if self.classes:
+            return self.classes.features(teacher.model)
+        return of_everyone(replace(context, text_features=teacher.texts(batch).features)).text_features
 
     def columns(self, features: Features) -> Tensor:
-        """[C, E] class features, or [T, E] features of this process's captions."""
-        return features.targets["classes"] if self.classes else features.texts["clean"].features
+        """[C, E] class features, or [T, E] features of the captions of all processes."""
+        if self.classes:
+            return features.targets["classes"]
+        return features.texts["clean"].features if features.everyone is None else features.everyone().texts["clean"]
 
     def term(self, features: Features, images: str) -> dict[str, Tensor]:
         """The loss of one image view, by its name."""

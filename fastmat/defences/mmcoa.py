@@ -79,7 +79,8 @@ class MMCoA:
 
     def perturb(self, model: VisionLanguageModel, batch: Batch, draws: Draws) -> Views:
         with attacking(model):
-            images, _ = self.image_attack.run(model, *self.contrast.task(model, batch), draws)
+            task, context = self.contrast.task(model, batch)
+            images, _ = self.image_attack.run(model, task, self.contrast.everyone(context), draws)
             with text_attack():
                 texts = self.text_attack.search(model, self.text_attack.plan(model, batch.texts))
         return Views(

@@ -5,8 +5,8 @@ for the same adversarial images, plus KL(P_adv || P_clean) with P_clean the trai
 weights 1. Published: ViT-B/32, image tower alone, eps 1/255, 2 PGD steps of 1/255 on the cross-entropy. The released
 code sums the KL terms over the batch and loses the logit scale (`Quirks.summed_kl`, `Quirks.cosine_logits`).
 
-On captions predictions run over the captions of the batch (of this process, where there are several), and InfoNCE takes
-the place of the cross-entropy: this project's reading, the paper has classes alone.
+On captions predictions run over the captions of the batch, and InfoNCE takes the place of the cross-entropy: this
+project's reading, the paper has classes alone.
 """
 
 from __future__ import annotations
@@ -74,11 +74,11 @@ class PMGAFT:
         with attacking(model):
             self.teacher.check(model)
             task, context = self.contrast.task(model, batch)
-            images = self.attack.run(model, task, context, draws)[0].detach()
+            images = self.attack.run(model, task, self.contrast.everyone(context), draws)[0].detach()
         original = self.teacher.model
         guide = log_predictions(
             self.teacher.images(images).features,
-            self.contrast.teacher_columns(self.teacher, batch),
+            self.contrast.teacher_columns(self.teacher, batch, context),
             self._scale(original.logit_scale),
         )
         return Views(

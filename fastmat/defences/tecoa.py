@@ -49,7 +49,7 @@ class TeCoA:
     def perturb(self, model: VisionLanguageModel, batch: Batch, draws: Draws) -> Views:
         with attacking(model):
             task, context = self.contrast.task(model, batch)
-            images, _ = self.attack.run(model, task, context, draws)
+            images, _ = self.attack.run(model, task, self.contrast.everyone(context), draws)
         return Views(images={"adv": images.detach()}, texts={}, targets=self.contrast.targets(task, context))
 
     def loss(self, features: Features) -> dict[str, Tensor]:

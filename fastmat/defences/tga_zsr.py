@@ -76,7 +76,7 @@ class TGAZSR:
             self.teacher.check(model)
             self._projection = copy.deepcopy(model.image_projection)
             task, context = self.contrast.task(model, batch)
-            images = self.attack.run(model, task, context, draws)[0].detach()
+            images = self.attack.run(model, task, self.contrast.everyone(context), draws)[0].detach()
             # The trained model's own text features, also for the original, as published.
             texts = self.contrast.own_texts(task, context)
         original = self.teacher.images(batch.images)

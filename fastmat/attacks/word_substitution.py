@@ -198,8 +198,7 @@ class WordSubstitution:
 
     def read(self, model: VisionLanguageModel, texts: Sequence[str], *, max_length: int | None = None) -> TextTokens:
         """The tokens of T texts as this search's victim reads them; max_length: as in `features`."""
-        speller = self._speller(model, max_length)
-        tokenizer = model.tokenizer
+        speller, tokenizer = self._speller(model, max_length), model.tokenizer
         length = model.context_length if tokenizer.pad_to_context else None
         return token_batch([speller.ids(text.split(" ")) for text in texts], pad_id=tokenizer.pad_id, length=length)
 

@@ -180,4 +180,4 @@ def asked_for(config: Mapping[str, Any], path: str) -> bool:
         value = value.get(key) if isinstance(value, Mapping) else None
     if isinstance(value, Mapping):
         return value.get("enabled", value.get("device", True)) not in (False, None, "none", "auto")
-    return value not in (None, False, "none", "auto", 0, 1, -1)
+    return value is True or value not in (None, False, "none", "auto", 0, 1, -1)  # 1 and -1: partitions as they come

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -131,7 +132,8 @@ def test_loss_falls_and_the_log_tells(tmp_path):
     assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
     assert lines[-1]["loss"] == pytest.approx(sum(report.terms.values()))
     assert lines[0]["lr"] == pytest.approx(1.5e-3) and lines[1]["lr"] == pytest.approx(3e-3)
-    assert set(lines[0]) == {*"step loss terms grad_norm lr skipped seconds pairs_per_s taken".split()}
+    told = {"step", "loss", "terms", "grad_norm", "lr", "skipped", "seconds", "pairs_per_s", "taken"}
+    assert set(lines[0]) == told
     assert report.steps == 25 and report.skipped == 0 and report.pairs_per_s > 0
     saved = weights_of(report.weights)
     assert all(torch.equal(saved[key], value) for key, value in model.state_dict().items())
@@ -309,3 +311,57 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
     before = first.weights.read_bytes()
     _, second = run(tmp_path / "a", resume=True)
     assert second.resumed_from == 6 and second.weights.read_bytes() == before
+
+
+def test_a_skipped_step_leaves_batch_norm_as_it_was(tmp_path):
+    """The second step meets a NaN; the first one alone may have moved the statistics."""
+    models = []
+    for name, defence, steps in (("one", FineTune(), 1), ("two", NaNAt(1), 2)):
+        model = model_with_state()
+        told = settings(steps=steps, norm_statistics="batch", warmup_steps=0, lr=1e-9)
+        train(model, defence, Synthetic(), settings=told, out=tmp_path / name, config={})
+        models.append(model.image_projection[1])
+    for buffer, other in zip(models[0].buffers(), models[1].buffers(), strict=True):
+        assert torch.equal(buffer, other)
+    assert int(models[1].num_batches_tracked) == 1
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_diverged_before_its_first_checkpoint_is_no_obstacle(tmp_path, resume):
+    out = tmp_path / "a"
+    with pytest.raises(UserError, match="no checkpoint was saved yet, so .* may be used again as it is"):
+        train(tiny_clip(), NaNAt(1, 2, 3), Synthetic(), settings=settings(save_every=100), out=out, config={})
+    with pytest.warns(UserWarning, match="ended before its first checkpoint; starting from the beginning"):
+        _, report = run(out, resume=resume)
+    assert report.resumed_from == 0
+    steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 7))
+
+
+def test_augmented_images_are_attacked_and_trained_on(tmp_path):
+    seen = []
+
+    def twice(batch, draws):
+        seen.append(draws.uniform("augment", batch.index, (1,)).shape)
+        return replace(
+            batch,
+            images=torch.cat([batch.images, batch.images.flip(3)]),
+            index=torch.cat([batch.index, batch.index]),
+            group=torch.cat([batch.group, batch.group]),
+        )
+
+    class Counted(FineTune):
+        def loss(self, features):
+            assert len(features.group) == 8 and len(features.images["clean"].features) == 8
+            return super().loss(features)
+
+    told = settings(steps=2)
+    train(tiny_clip(), Counted(), Synthetic(), settings=told, out=tmp_path / "a", config={}, augment=twice)
+    assert seen == [(4, 1)] * 2
+
+
+def test_sigterm_is_a_request_and_a_second_one_changes_nothing():
+    with interruptible(signal.SIGTERM) as asked:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked()

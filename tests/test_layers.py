@@ -30,7 +30,7 @@ NARROW = {
     "kernels": set(),
     "data": set(),
     "text": {"models.protocol"},
-    "report": {"evaluation.results", "augment.results"},
+    "report": {"evaluation.results", "augment.results", "training.results"},
 }
 # These see models through the protocol and through files of weights, never a concrete class.
 WITHOUT_CONCRETE_MODELS = ("attacks", "defences", "augment", "training", "evaluation")

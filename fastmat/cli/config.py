@@ -89,6 +89,7 @@ Data = Annotated[Component, OneOf("data sets", DATASETS)]
 TrainingData = Annotated[Component, OneOf("data sets", TRAINING_SETS)]
 AttackChoice = Annotated[Component, OneOf("attacks", ATTACKS)]
 DefenceChoice = Annotated[Component, OneOf("defences", DEFENCES)]
+TrackerName = Literal["auto", "tensorboard", "wandb", "none"]
 Settings = Annotated[dict[str, Any], Fields("fastmat.training.settings:TrainSettings")]
 
 CandidateChoice = Annotated[Component, OneOf("candidate sources", CANDIDATES)]
@@ -157,6 +158,21 @@ class AttackConfig(Section):
     shard_size: int = Field(256, gt=0, description="images per file of the adversarial set")
 
 
+class ValidationConfig(Section):
+    """Robust validation during training."""
+
+    data: Data = Field(description="images and captions that are not trained on")
+    images: int = Field(100, gt=0, description="how many, drawn by the seed; they and their captions are the gallery")
+    every: int = Field(1, gt=0, description="judge every N-th checkpoint; the last one always")
+    attack: AttackChoice = Field(Component(name="pgd"), description="the attack")
+    threat: Annotated[
+        dict[str, Any],
+        Fields("fastmat.types:ThreatModel"),
+        Field(description="the budgets of the attack; those of the run where it is left out"),
+    ] = {}
+    batch_size: EvalBatch = 32
+
+
 class TrainConfig(Section):
     """`fastmat train`."""
 
@@ -172,6 +188,12 @@ class TrainConfig(Section):
     batch_size: TrainBatch = 128
     captions_per_image: Captions = 1
     augment: Augmentation = {}
+    validation: ValidationConfig | None = Field(
+        None, description="judge checkpoints as they are saved, and keep the most robust one; null: do not"
+    )
+    tracker: TrackerName = Field(
+        "auto", description="where log.jsonl shows as well, in DIR/trackers; auto: TensorBoard where it is installed"
+    )
     workers: Workers = 0
     candidate_cache: CandidateFolder = None
     limit: Limit = None

@@ -1,6 +1,9 @@
-"""Draw DIR/report.html again from DIR/results.json and DIR/examples.json.
+"""Draw DIR/report.html again: of an evaluation from its results.json and examples.json, of a training run from its log.
 
-fastmat report runs/eval
+    fastmat report runs/eval
+    fastmat report runs/mat
+
+A training run may still be going on.
 """
 
 from __future__ import annotations
@@ -9,15 +12,23 @@ import argparse
 from pathlib import Path
 
 from fastmat.cli.parser import Parser
+from fastmat.cli.watching import told_to
 from fastmat.errors import UserError
 from fastmat.report.html import write_report
+from fastmat.report.training import write_training_report
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("folder", metavar="DIR", type=Path, help="folder that `fastmat eval` or `quickstart` wrote")
+    parser.add_argument(
+        "folder", metavar="DIR", type=Path, help="folder that `fastmat eval`, `quickstart` or `train` wrote"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
     if not arguments.folder.is_dir():
-        raise UserError(f"{arguments.folder} is no folder; name one that `fastmat eval` or `fastmat quickstart` wrote")
-    print(write_report(arguments.folder))
+        raise UserError(f"{arguments.folder} is no folder; name one that `fastmat eval`, `quickstart` or `train` wrote")
+    trained = not (arguments.folder / "results.json").exists() and (arguments.folder / "log.jsonl").exists()
+    if trained:
+        print(write_training_report(arguments.folder, about=told_to(arguments.folder)))
+    else:
+        print(write_report(arguments.folder))

@@ -28,6 +28,7 @@ from fastmat.cli.keys import describe
 from fastmat.cli.load import load_config, plain
 from fastmat.cli.parser import Parser
 from fastmat.cli.processes import is_first_process
+from fastmat.cli.watching import watching
 from fastmat.data.labelled import class_prompts
 from fastmat.data.retrieval import RetrievalSet
 from fastmat.models.adapters import AdapterSettings, add_adapters, merge_file
@@ -37,7 +38,8 @@ from fastmat.training.loop import TrainReport, never_saved, train
 from fastmat.training.peers import PeerLost, noticing_loss
 from fastmat.training.settings import TrainSettings
 
-SPEED_KEYS = ("workers", "candidate_cache")
+# Keys that decide nothing about the weights.
+OUTSIDE = ("workers", "candidate_cache", "validation", "tracker")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -95,10 +97,20 @@ def train_model(config: TrainConfig, out: Path, *, resume: bool = False) -> Trai
         workers=config.workers,
     )
     augment = build_augmentation(config.augment, dataset)
-    told = {key: value for key, value in plain(config).items() if key not in ("train", *SPEED_KEYS)}
+    told = {key: value for key, value in plain(config).items() if key not in ("train", *OUTSIDE)}
     told |= {"data_fingerprint": dataset.fingerprint(), "mlm_sha256": mlm.sha256}
+    look_on = watching(
+        config,
+        settings,
+        out=out,
+        told=told,
+        transform=model.image_transform,
+        mlm=mlm,
+        accelerator=accelerator,
+        candidate_cache=cache,
+    )
     try:
-        with noticing_loss():
+        with noticing_loss(), look_on as watchers:
             report = train(
                 model,
                 defence,
@@ -109,6 +121,7 @@ def train_model(config: TrainConfig, out: Path, *, resume: bool = False) -> Trai
                 config=told,
                 augment=augment,
                 accelerator=accelerator,
+                watchers=watchers,
             )
     except interrupt.Interrupted as stopped:
         leave(joined)

@@ -26,7 +26,7 @@ class StepClock:
         """What follows belongs to `part`."""
         if self._on_gpu:
             event = torch.cuda.Event(enable_timing=True)
-            event.record()  # type: ignore[no-untyped-call]
+            event.record()
             self._borders.append((part, event))
         else:
             self._borders.append((part, time.perf_counter()))
@@ -56,7 +56,7 @@ def split_text(taken: dict[str, float]) -> str:
 
 
 def _between(begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
-    if isinstance(begin, torch.cuda.Event):
-        return float(begin.elapsed_time(end)) / 1000
-    assert not isinstance(end, torch.cuda.Event)
+    if isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+        return begin.elapsed_time(end) / 1000
+    assert isinstance(begin, float) and isinstance(end, float)
     return end - begin

@@ -145,9 +145,14 @@ def load_open_clip(architecture: str, *, pretrained: str | None = None, image_si
         its own). image_size: another resolution; position embeddings are interpolated.
     Raises UserError for an unknown name, a folder without its files, weights that do not fit.
     """
+    clip = make_open_clip(architecture, pretrained=pretrained, image_size=image_size)
+    return take_apart(clip, open_clip.get_tokenizer(_library_name(architecture)))
+
+
+def make_open_clip(architecture: str, *, pretrained: str | None, image_size: int | None) -> CustomTextCLIP:
+    """The same as the library has it, in fp32, the parts of its text tower under `text.`."""
     folder = Path(architecture)
     local = folder.is_dir()
-    name = f"local-dir:{folder}" if local else architecture
     if local:
         if not (folder / "open_clip_config.json").is_file():
             raise UserError(f"{folder} has no open_clip_config.json; give a folder saved in open_clip's layout")
@@ -161,7 +166,7 @@ def load_open_clip(architecture: str, *, pretrained: str | None = None, image_si
     logging.disable(logging.WARNING)  # open_clip warns on the root logger that weights come later
     try:
         clip = open_clip.create_model(
-            name,
+            _library_name(architecture),
             pretrained=tag,
             load_weights=tag is not None or architecture.startswith("hf-hub:"),
             pretrained_text=False,
@@ -176,7 +181,12 @@ def load_open_clip(architecture: str, *, pretrained: str | None = None, image_si
         raise UserError(f"{architecture!r} is a {type(clip).__name__}; only dual encoders are supported")
     if file is not None:
         load_weights(clip, file, rename=_custom_text_keys)
-    return take_apart(clip.float(), open_clip.get_tokenizer(name))
+    return clip.float()
+
+
+def _library_name(architecture: str) -> str:
+    """A folder has a schema of its own there."""
+    return f"local-dir:{Path(architecture)}" if Path(architecture).is_dir() else architecture
 
 
 def take_apart(clip: CustomTextCLIP, tokenizer: object) -> DualEncoder:

@@ -4,6 +4,7 @@ fastmat bench ops
 fastmat bench ops --device cpu --only pgd contrastive
 fastmat bench attacks --only sga --model FOLDER --mlm FOLDER --data test.json --images 16
 fastmat bench attacks --only pgd --peer CHECKOUT --peer-python OTHER/bin/python
+fastmat bench train --model ViT-B-16 --images 128 --device cuda
 fastmat bench scaling
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,13 +24,18 @@ from fastmat.benchmarks.rows import read_rows
 from fastmat.benchmarks.scaling.names import NAMES as SCALING
 from fastmat.benchmarks.suite import BENCHES, run_cases
 from fastmat.benchmarks.table import for_terminal, newest_runs, write_page
+from fastmat.benchmarks.train.names import NAMES as TRAIN
 from fastmat.build import resolve_device
 from fastmat.cli.common import Interrupted
 from fastmat.cli.parser import Parser
 from fastmat.errors import UserError, nearest
 
-SUITES = {"ops": BENCHES, "attacks": NAMES, "scaling": SCALING}
-ATTACKS_ALONE = ("model", "mlm", "data", "images", "peer", "peer_python")
+if TYPE_CHECKING:
+    from fastmat.benchmarks.attacks.setting import Choice
+
+SUITES = {"ops": BENCHES, "attacks": NAMES, "train": TRAIN, "scaling": SCALING}
+CHOSEN = ("model", "mlm", "data", "images")  # for whole attacks and training steps
+PEER = ("peer", "peer_python")  # for attacks alone
 
 
 def add_arguments(parser: Parser) -> None:
@@ -44,11 +51,12 @@ def add_arguments(parser: Parser) -> None:
         metavar="DIR",
         help="folder whose rows.jsonl grows (default: benchmarks/results/WHAT; runs/bench with --short)",
     )
-    group = parser.add_argument_group("attacks")
+    group = parser.add_argument_group("attacks and training steps")
     group.add_argument("--model", metavar="NAME", help="open_clip architecture (random weights) or folder")
     group.add_argument("--mlm", metavar="DIR", help="masked language model; without: a small random one")
     group.add_argument("--data", metavar="FILE", help="JSON list, pictures beside it; without: the digits set")
-    group.add_argument("--images", type=int, metavar="N", help="images, with up to 5 captions each (default: 8)")
+    group.add_argument("--images", type=int, metavar="N", help="images, 5 captions each; of a step: pairs (default: 8)")
+    group = parser.add_argument_group("attacks")
     group.add_argument("--peer", type=Path, metavar="DIR", help="checkout of SGA, Co-Attack, torchattacks or RobustVLM")
     group.add_argument("--peer-python", metavar="FILE", help="Python that runs it (default: this one)")
 
@@ -66,6 +74,10 @@ def run(arguments: argparse.Namespace) -> None:
         from fastmat.benchmarks.attacks import command  # with transformers, which the operators do without
 
         known, show, measure = command.known_rows, command.show, measure_attacks
+    elif arguments.suite == "train":
+        from fastmat.benchmarks.train import command as train
+
+        known, show, measure = train.known_rows, train.show, measure_train
     elif arguments.suite == "scaling":
         from fastmat.benchmarks.scaling import command as scaling
 
@@ -101,9 +113,11 @@ def check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--threads must be at least 1, got {arguments.threads}")
     if arguments.images is not None and arguments.images < 2:
         raise UserError(f"--images must be at least 2, got {arguments.images}: recall needs a second one")
-    given = next((name for name in ATTACKS_ALONE if getattr(arguments, name) is not None), None)
-    if suite != "attacks" and given is not None:
-        raise UserError(f"--{given.replace('_', '-')} belongs to `fastmat bench attacks`")
+    for names, suites in ((CHOSEN, ("attacks", "train")), (PEER, ("attacks",))):
+        given = next((name for name in names if getattr(arguments, name) is not None), None)
+        if suite not in suites and given is not None:
+            homes = " and ".join(f"`fastmat bench {home}`" for home in suites)
+            raise UserError(f"--{given.replace('_', '-')} belongs to {homes}")
     if arguments.peer is None and arguments.peer_python is not None:
         raise UserError("--peer-python needs --peer, the checkout that it shall run")
     if arguments.peer is not None and not arguments.peer.is_dir():
@@ -131,29 +145,54 @@ def measure_attacks(
     arguments: argparse.Namespace, device: torch.device, rows_file: Path, refused: list[QualityError]
 ) -> None:
     from fastmat.benchmarks.attacks import command
+
+    request = command.Request(
+        names=arguments.only,
+        choice=choice_of(arguments),
+        device=device,
+        peer=arguments.peer,
+        peer_python=arguments.peer_python or sys.executable,
+        command=command_of(arguments),
+    )
+    without_tf32()
+    command.measure_attacks(
+        request, rows_file, tell=lambda title: print(f"measuring {title}", file=sys.stderr), refused=refused
+    )
+
+
+def measure_train(
+    arguments: argparse.Namespace, device: torch.device, rows_file: Path, refused: list[QualityError]
+) -> None:
+    from fastmat.benchmarks.train import command
+
+    without_tf32()
+    command.measure_steps(
+        arguments.only,
+        choice_of(arguments),
+        device,
+        rows_file,
+        command=command_of(arguments),
+        tell=lambda title: print(f"measuring {title}", file=sys.stderr),
+        refused=refused,
+    )
+
+
+def choice_of(arguments: argparse.Namespace) -> Choice:
     from fastmat.benchmarks.attacks.setting import Choice
 
-    choice = Choice(
+    return Choice(
         model=arguments.model,
         mlm=arguments.mlm,
         data=arguments.data,
         images=arguments.images or (2 if arguments.short else 8),
         short=arguments.short,
     )
-    request = command.Request(
-        names=arguments.only,
-        choice=choice,
-        device=device,
-        peer=arguments.peer,
-        peer_python=arguments.peer_python or sys.executable,
-        command=command_of(arguments),
-    )
-    if device.type == "cuda":  # fp32 is fp32: texts are to be equal
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
-    command.measure_attacks(
-        request, rows_file, tell=lambda title: print(f"measuring {title}", file=sys.stderr), refused=refused
-    )
+
+
+def without_tf32() -> None:
+    """fp32 is fp32: texts are to be equal."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def measure_scaling(
@@ -186,7 +225,7 @@ def command_of(arguments: argparse.Namespace) -> str:
     if arguments.only != SUITES[arguments.suite]:
         words += ["--only", *arguments.only]
     words += ["--threads", str(arguments.threads)] + ["--short"] * arguments.short
-    for name in ATTACKS_ALONE[:4]:
+    for name in CHOSEN:
         value = getattr(arguments, name)
         if value is not None:
             words += [f"--{name}", Path(value).name if isinstance(value, str) else str(value)]

@@ -71,8 +71,13 @@ def test_a_short_run_of_one_bench_twice(fastmat: Fastmat, tmp_path: Path) -> Non
         (["attacks", "--images", "1"], "fastmat: --images must be at least 2, got 1"),
         (["attacks", "--peer", "file"], "fastmat: --peer file is no folder"),
         (["attacks", "--peer-python", "python"], "fastmat: --peer-python needs --peer"),
+        (["train", "--only", "matt"], "fastmat: --only: no bench 'matt'; did you mean 'mat'?"),
+        (["train", "--peer", "folder"], "fastmat: --peer belongs to `fastmat bench attacks`"),
         (["attacks", "--out", "damaged"], "fastmat: damaged/rows.jsonl, line 1 is not JSON"),
-        (["ops", "--model", "ViT-B-16"], "fastmat: --model belongs to `fastmat bench attacks`"),
+        (
+            ["ops", "--model", "ViT-B-16"],
+            "fastmat: --model belongs to `fastmat bench attacks` and `fastmat bench train`",
+        ),
         ([], "fastmat: the following arguments are required: WHAT"),
     ],
 )

@@ -1,0 +1,1 @@
+"""Whole training steps, beside the loops that were published."""

@@ -7,13 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol, TypeGuard
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmat.attacks.draws import Draws
-from fastmat.models.protocol import ImageState, TextState, VisionLanguageModel
+from fastmat.models.protocol import FusionState, ImageState, TextState, VisionLanguageModel
 from fastmat.types import Batch
+
+
+class Pairs(NamedTuple):
+    """P images and texts to be fused: rows [P] of the view `images` and rows [P] of the view `texts`."""
+
+    images: str
+    texts: str
+    image_rows: Tensor
+    text_rows: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +31,15 @@ class Views:
 
     images: name -> [B, 3, H, W]; texts: name -> T captions; targets: name -> tensor (a frozen teacher's embeddings).
     shifts: name of a text view -> [T, L, D] added to its token embeddings, L as those texts alone are padded.
+    match: called once inside the outer forward, without gradients, with the encoded views of this process: what a
+        fusion model shall fuse of them, by name, equally many names in every process; None: nothing.
     """
 
     images: Mapping[str, Tensor]
     texts: Mapping[str, tuple[str, ...]]
     targets: Mapping[str, Tensor] = field(default_factory=dict)
     shifts: Mapping[str, Tensor] = field(default_factory=dict)
+    match: Callable[[Features], Mapping[str, Pairs]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +61,8 @@ class Features:
 
     everyone: with several processes, the views of all of them; gathered at the first call, the same at every later one.
         None: this process has the whole batch. `fastmat.defences.terms` uses it.
+    fused: what `Views.match` asked for, by name.
+    between: replaces the terms of a pair of views in `fastmat.defences.terms.pair_terms`.
     """
 
     images: Mapping[str, ImageState]
@@ -58,10 +72,12 @@ class Features:
     group: Tensor
     text_group: Tensor
     everyone: Callable[[], Everyone] | None = None
+    fused: Mapping[str, FusionState] = field(default_factory=dict)
+    between: Callable[[Features, str, str], dict[str, Tensor]] | None = None
 
 
 class Defence(Protocol):
-    """trains: which towers receive gradients, a subset of ("image", "text")."""
+    """trains: which parts receive gradients, of ("image", "text", "fusion")."""
 
     trains: tuple[str, ...]
 
@@ -76,3 +92,20 @@ class Defence(Protocol):
         over images is right as it stands, other means and all contrasts are in `fastmat.defences.terms`.
         """
         ...
+
+
+class Remembering(Defence, Protocol):
+    """A defence with a state of its own beside the model.
+
+    memory: whose `state_dict` a checkpoint keeps; the same in every process; None: there is nothing to keep.
+    """
+
+    memory: nn.Module | None
+
+    def remember(self) -> None:
+        """The step of the last `loss` was taken, and its backward is done. Called by all processes."""
+        ...
+
+
+def remembers(defence: Defence) -> TypeGuard[Remembering]:
+    return hasattr(defence, "remember")

@@ -6,13 +6,15 @@ from torch import Tensor
 
 from fastmat.attacks.draws import Draws
 from fastmat.defences.base import Features, Views
-from fastmat.defences.terms import contrastive_between
+from fastmat.defences.terms import pair_terms
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.types import Batch
 
 
 class FineTune:
     """Symmetric InfoNCE on clean pairs (CLIP, ICML 2021, figure 3), with groups as positives."""
+
+    pairs = ("clean-clean",)
 
     def __init__(self, *, trains: tuple[str, ...] = ("image", "text")) -> None:
         self.trains = trains
@@ -21,4 +23,4 @@ class FineTune:
         return Views(images={"clean": batch.images}, texts={"clean": batch.texts})
 
     def loss(self, features: Features) -> dict[str, Tensor]:
-        return {"contrastive": contrastive_between(features, "clean", "clean")}
+        return pair_terms(features, "clean", "clean")

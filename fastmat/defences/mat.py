@@ -26,7 +26,7 @@ from fastmat.defences.base import Features, Views
 from fastmat.defences.embedding_space import EmbeddingSpace
 from fastmat.defences.inner import Captions, TextAttack, TextSearch, attacking, unit_captions, unit_images
 from fastmat.defences.teacher import Teacher
-from fastmat.defences.terms import contrastive_between, mean_over_texts, of_everyone
+from fastmat.defences.terms import mean_over_texts, of_everyone, pair_terms
 from fastmat.errors import UserError, nearest
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.types import AttackContext, Batch, ThreatModel
@@ -114,11 +114,12 @@ class MAT:
         )
 
     def loss(self, features: Features) -> dict[str, Tensor]:
-        contrastive = {
-            f"contrastive/{pair}": weight * contrastive_between(features, *pair.split("-"))
+        of_pairs = {
+            f"{name}/{pair}": weight * term
             for pair, weight in self.pairs.items()
+            for name, term in pair_terms(features, *pair.split("-")).items()
         }
-        return contrastive | {
+        return of_pairs | {
             f"distance/{name}": weight * distance(features, *name.split("-")) for name, weight in self.distances.items()
         }
 

@@ -15,7 +15,7 @@ from fastmat.attacks.objectives import Objective
 from fastmat.attacks.pgd import PGD
 from fastmat.defences.base import Features, Views
 from fastmat.defences.inner import attacking
-from fastmat.defences.terms import contrastive_between, of_everyone
+from fastmat.defences.terms import of_everyone, pair_terms
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.types import Batch, ThreatModel
 
@@ -25,6 +25,8 @@ class TeCoAITR:
 
     trains: ("image", "text"), or ("image",) as TeCoA was published.
     """
+
+    pairs = ("adv-clean",)
 
     def __init__(
         self,
@@ -47,4 +49,4 @@ class TeCoAITR:
         return Views(images={"adv": images.detach()}, texts={"clean": batch.texts})
 
     def loss(self, features: Features) -> dict[str, Tensor]:
-        return {"contrastive": contrastive_between(features, "adv", "clean")}
+        return pair_terms(features, "adv", "clean")

@@ -36,6 +36,16 @@ def gathering(gather: Gathering | None) -> Iterator[None]:
         _gathering.reset(token)
 
 
+def pair_terms(features: Features, images: str, texts: str) -> dict[str, Tensor]:
+    """The terms that draw a view of the images and one of the texts together, by name.
+
+    "contrastive", unless whoever trains has others in mind (`fastmat.defences.matching`).
+    """
+    if features.between is not None:
+        return features.between(features, images, texts)
+    return {"contrastive": contrastive_between(features, images, texts)}
+
+
 def contrastive_between(features: Features, images: str, texts: str) -> Tensor:
     """Symmetric multi-positive InfoNCE between one view of the images and one of the texts (scalar).
 

@@ -25,7 +25,7 @@ COMMANDS = {
     "augment": "write an augmented set, with more captions or images, or measure one",
     "train": "harden a model, or fine-tune it",
     "eval": "rank images and captions, clean and attacked; write results.json and report.html",
-    "export": "write an adversarial set as 8-bit PNG files within its budget, captions as JSON",
+    "export": "write a model for open_clip or transformers, or an adversarial set as PNG files",
     "report": "draw report.html again from a results folder",
     "bench": "measure operators and attacks beside what others do; rows, plots, targets",
     "env": "show versions and devices",

@@ -41,8 +41,8 @@ class Page:
         return None
 
     def draw(self) -> None:
-        """Nothing before the first checkpoint: what is left until then is no run."""
-        if self.first and checkpoints(self.out / "checkpoints"):
+        """Nothing before the first checkpoint, what is left until then is no run, nor before the first line."""
+        if self.first and checkpoints(self.out / "checkpoints") and (self.out / "log.jsonl").exists():
             write_training_report(self.out, about=told_to(self.out))
 
 

@@ -27,6 +27,7 @@ from fastmat.evaluation.adversarial_set import MANIFEST, AdversarialSet
 from fastmat.evaluation.evaluate import Attacked, Measured, attacked_ranks, clean_row, row_of
 from fastmat.evaluation.manifest import Manifest, config_fingerprint
 from fastmat.evaluation.metrics import Ranks, worst_case
+from fastmat.evaluation.rerank import Rerank
 from fastmat.evaluation.results import Row, Setting, Threat, read_json
 from fastmat.evaluation.subset import attacked_subset_ranks
 from fastmat.models.protocol import VisionLanguageModel
@@ -59,7 +60,7 @@ class Cells:
     def judge(self, surrogates: Mapping[str, Component], victims: Mapping[str, Victim]) -> None:
         """Rows of `victims`: clean, attacked through each of `surrogates`, and on stored sets."""
         judged = {
-            label: self.load(victim.model, where=f"victims.{label}.model")
+            label: self.load(victim.model, where=f"victims.{label}.model", rerank=victim.rerank())
             for label, victim in victims.items()
             if self.processes.first
         }
@@ -80,7 +81,7 @@ class Cells:
 
     def clean(self, label: str, victim: Encoded) -> None:
         """A victim's clean rows: of all queries, and of the queries of every subset."""
-        setting = self.setting(label, victim=label, white_box=True, seed=self.config.seed)
+        setting = self.setting(label, victim=label, scoring=victim.scoring, white_box=True, seed=self.config.seed)
         total = self.dataset.n_images
         chosen = {cell.rows for cells in self.cells.values() for cell in cells if len(cell.rows) < total}
         for rows in (None, *sorted(chosen, key=len)):
@@ -119,6 +120,7 @@ class Cells:
             label: self.setting(
                 name,
                 victim=label,
+                scoring=victim.scoring,
                 white_box=victim.weights == surrogate.weights,
                 seed=plan.seed,
                 attack=cell.label,
@@ -216,6 +218,7 @@ class Cells:
             setting = self.setting(
                 made.surrogate,
                 victim=label,
+                scoring=victim.scoring,
                 white_box=white_box,
                 seed=made.seed,
                 attack=made.attack,
@@ -241,12 +244,12 @@ class Cells:
     ) -> None:
         """A row, after its examples. rows: the images attacked, None: all. show: the clean data as it was attacked."""
         if rows is None:
-            ranks, measured = attacked_ranks(victim.model, attacked, clean=victim.ranks)
+            ranks, measured = attacked_ranks(victim.model, attacked, clean=victim.ranks, rerank=victim.rerank)
         else:
             ranks, measured = attacked_subset_ranks(victim.model, attacked, clean=victim.gallery, rows=rows)
         self.ensembles.write(inputs, ranks)
         if show is not None:
-            self.showcase.add(victim.model, show, attacked, victim.ranks, setting)
+            self.showcase.add(victim.model, show, attacked, victim.ranks, setting, rerank=victim.rerank)
         self.save(self.row(victim, ranks, setting, measured, rows), inputs)
 
     def row(
@@ -280,9 +283,9 @@ class Cells:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
-    def load(self, component: Component, *, where: str) -> Encoded:
+    def load(self, component: Component, *, where: str, rerank: Rerank | None = None) -> Encoded:
         model = build_model(component, device=self.device, where=where)
-        return Encoded(component, model, self.batches(model))
+        return Encoded(component, model, self.batches(model), rerank=rerank)
 
     def batches(self, wanted: VisionLanguageModel | Manifest) -> EvaluationBatches:
         """The data as a model wants it, or as a set was made of it."""
@@ -297,13 +300,15 @@ class Cells:
 
     def inputs(self, victim: Encoded, judged: Mapping[str, Any]) -> str:
         """What a row depends on: the victim, what it is judged on, and how intervals are drawn."""
-        return config_fingerprint({"victim": victim.identity, "resamples": self.config.resamples, **judged})
+        victims = {"victim": victim.identity, "resamples": self.config.resamples, **victim.second_stage}
+        return config_fingerprint({**victims, **judged})
 
     def setting(
         self,
         surrogate: str,
         *,
         victim: str,
+        scoring: str,
         white_box: bool,
         seed: int,
         attack: str = "none",
@@ -319,4 +324,5 @@ class Cells:
             dataset=self.dataset.name,
             split=self.dataset.split,
             seed=seed,
+            scoring=scoring,
         )

@@ -28,6 +28,7 @@ from fastmat.build import (
     parse,
 )
 from fastmat.errors import UserError, nearest
+from fastmat.evaluation.rerank import Rerank
 
 
 class Section(BaseModel):
@@ -204,6 +205,16 @@ class Victim(Section):
 
     model: Model = Field(description="the model")
     defence: Label = Field("none", description="how it was hardened, as the table shall say")
+    rerank_k: int | None = Field(
+        None, gt=0, description="candidates per query that the matching head puts in order; null: rank by cosine alone"
+    )
+    rerank_cosine: bool | None = Field(
+        None, description="score by matching logit plus cosine; null: as published, blip does and albef does not"
+    )
+
+    def rerank(self) -> Rerank | None:
+        """The second stage, if there is one."""
+        return None if self.rerank_k is None else Rerank(k=self.rerank_k, plus_cosine=self.rerank_cosine)
 
 
 class EvalConfig(Section):

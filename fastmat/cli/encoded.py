@@ -13,7 +13,7 @@ from fastmat.data.loader import EvaluationBatches
 from fastmat.evaluation.evaluate import Gallery, encode_gallery, gallery_context, gallery_ranks
 from fastmat.evaluation.manifest import config_fingerprint
 from fastmat.evaluation.metrics import Ranks
-from fastmat.evaluation.subset import subset_ranks
+from fastmat.evaluation.rerank import Rerank
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.types import AttackContext
 
@@ -21,12 +21,23 @@ from fastmat.types import AttackContext
 class Encoded:
     """A model with the data as it wants it. weights: their sha256; its clean gallery is encoded when first asked for.
 
-    identity: sha256 of what its clean features depend on.
+    identity: sha256 of what its clean features depend on. rerank: its second stage, None: by cosine alone;
+    second_stage: what a row depends on because of it.
     """
 
-    def __init__(self, component: Component, model: VisionLanguageModel, batches: EvaluationBatches) -> None:
+    def __init__(
+        self,
+        component: Component,
+        model: VisionLanguageModel,
+        batches: EvaluationBatches,
+        *,
+        rerank: Rerank | None = None,
+    ) -> None:
         self.model = model
         self.batches = batches
+        self.rerank = rerank
+        self.scoring = "itc" if rerank is None else rerank.scoring(model)
+        self.second_stage = {} if rerank is None else {"scoring": self.scoring, "rerank_k": rerank.k}
         self.weights = fingerprint(model)
         named = {key: value for key, value in component.plain().items() if key != "weights"}
         self.identity = config_fingerprint(
@@ -40,7 +51,7 @@ class Encoded:
 
     @cached_property
     def gallery(self) -> Gallery:
-        return encode_gallery(self.model, self.batches)
+        return encode_gallery(self.model, self.batches, rerank=self.rerank)
 
     @cached_property
     def ranks(self) -> Ranks:
@@ -48,7 +59,7 @@ class Encoded:
 
     def ranks_of(self, rows: Sequence[int] | None) -> Ranks:
         """Clean ranks of the queries of the images `rows`, None: of all."""
-        return self.ranks if rows is None else subset_ranks(self.gallery, rows)
+        return self.ranks if rows is None else gallery_ranks(self.gallery, rows)
 
     @cached_property
     def context(self) -> AttackContext:

@@ -70,6 +70,11 @@ def plan_cells(config: EvalConfig, *, mlm: MlmLoader, engine: Engine, cache: Can
         if count > dataset.n_images:
             told = f"{dataset.name}/{dataset.split} has {dataset.n_images} images, cannot take {count}"
             raise UserError(f"subset.{label}: {told}")
+    smaller = min(dataset.n_images, dataset.n_captions)
+    for label, victim in config.victims.items():
+        if victim.rerank_k is not None and victim.rerank_k > smaller:
+            told = f"{dataset.name}/{dataset.split} has {dataset.n_images} images and {dataset.n_captions} captions"
+            raise UserError(f"victims.{label}.rerank_k must be at most {smaller}, got {victim.rerank_k}: {told}")
     unfitted = [label for label, ((_, attack, _), *_) in built.items() if attack.needs_fit]
     fit_on = fit_set(config, dataset, needed_by=f"attacks.{unfitted[0]}" if unfitted else None)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from fastmat.evaluation.evaluate import Attacked
 from fastmat.evaluation.examples import make_examples, pick_images
 from fastmat.evaluation.metrics import Ranks
+from fastmat.evaluation.rerank import Rerank
 from fastmat.evaluation.results import Example, Examples, Setting, read_examples, write_examples
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.types import Batch
@@ -49,12 +50,15 @@ class Showcase:
         attacked: Iterable[Attacked],
         ranks: Ranks,
         setting: Setting,
+        *,
+        rerank: Rerank | None = None,
     ) -> None:
-        """ranks: the victim's own, clean. clean: the data at the resolution that was attacked."""
+        """ranks: the victim's own, clean. clean: the data at the resolution that was attacked. rerank: its second
+        stage."""
         if not self.images:
             self.images = pick_images(ranks, count=self.count, seed=self.seed)
         others = [example for example in self.examples if example.setting != setting]
-        made = make_examples(victim, clean, attacked, images=self.images, ids=self.ids, setting=setting)
+        made = make_examples(victim, clean, attacked, images=self.images, ids=self.ids, setting=setting, rerank=rerank)
         self.examples = [*others, *made]
         self.write()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,9 @@ from fastmat.report.labels import radius, words
 from fastmat.text.candidate_cache import CandidateCache
 from fastmat.training.results import read_log
 from fastmat.types import Batch, ImageTransform
+
+# Of a gallery ranked by cosine.
+TENSORS = ("image_features", "image_group", "text_features", "text_group", "txt2img")
 
 
 class RobustValidation:
@@ -132,7 +134,8 @@ def only_pairs(attacked: Iterable[Attacked]) -> Iterable[Batch]:
 
 
 def moved(gallery: Gallery, device: torch.device | str) -> Gallery:
-    return Gallery(**{field.name: getattr(gallery, field.name).to(device) for field in fields(Gallery)})
+    columns: dict[str, Any] = {name: getattr(gallery, name).to(device) for name in TENSORS}
+    return Gallery(**columns)
 
 
 def joined(parts: list[Gallery]) -> Gallery:
@@ -141,8 +144,9 @@ def joined(parts: list[Gallery]) -> Gallery:
     for part in parts:
         txt2img.append(part.txt2img + before)
         before += len(part.image_features)
-    rest = [field.name for field in fields(Gallery) if field.name != "txt2img"]
-    columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in rest}
+    columns: dict[str, Any] = {
+        name: torch.cat([getattr(part, name) for part in parts]) for name in TENSORS if name != "txt2img"
+    }
     return Gallery(**columns, txt2img=torch.cat(txt2img))
 
 

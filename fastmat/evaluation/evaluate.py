@@ -18,10 +18,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastmat.attacks.base import Attack, frozen, image_features, text_features
+from fastmat.attacks.base import Attack, frozen
 from fastmat.attacks.engine import Engine
 from fastmat.errors import UserError
 from fastmat.evaluation.metrics import Ranks, bootstrap_intervals, recalls, success_rates
+from fastmat.evaluation.rerank import Keeper, Matching, Rerank, reranked_ranks
 from fastmat.evaluation.results import Row, Setting
 from fastmat.memory import Chunks
 from fastmat.models.protocol import VisionLanguageModel
@@ -34,6 +35,7 @@ class Gallery:
     """Unit features of N images and T captions, fp32 on the model's device.
 
     image_features [N, E], text_features [T, E]; image_group [N], text_group [T]; txt2img [T] int64, caption to image.
+    matching: what the second stage needs; None: it is ranked by cosine alone.
     """
 
     image_features: Tensor
@@ -41,6 +43,7 @@ class Gallery:
     text_features: Tensor
     text_group: Tensor
     txt2img: Tensor
+    matching: Matching | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +61,13 @@ class Attacked:
     seconds: float
 
 
-def encode_gallery(model: VisionLanguageModel, batches: Iterable[Batch]) -> Gallery:
+def encode_gallery(model: VisionLanguageModel, batches: Iterable[Batch], *, rerank: Rerank | None = None) -> Gallery:
     """Encode every image and caption once, in order; where memory runs out, batches go on in halves.
 
-    Raises UserError without any image or caption, or when the model gives features that are not finite: they say
-    nothing about a rank.
+    rerank: also keep what the second stage needs. Raises UserError without any image or caption, when the model gives
+    features that are not finite, which say nothing about a rank, or when it cannot re-rank.
     """
+    keeper = None if rerank is None else Keeper.of(model, rerank)
     device = model.logit_scale.device
     images, texts, groups, text_groups, txt2img = [], [], [], [], []
     images_at_once = Chunks(item="image", advice="evaluate on a device with more of it, or a smaller model")
@@ -73,8 +77,8 @@ def encode_gallery(model: VisionLanguageModel, batches: Iterable[Batch]) -> Gall
         # Inside the loop: pulling the next batch may run an attack, which needs gradients.
         batch = batch.to(device)
         with frozen(model):
-            images += images_at_once.run(len(batch), partial(encode_images, model, batch.images))
-            texts += texts_at_once.run(len(batch.texts), partial(encode_texts, model, batch.texts))
+            images += images_at_once.run(len(batch), partial(encode_images, model, batch.images, keeper))
+            texts += texts_at_once.run(len(batch.texts), partial(encode_texts, model, batch.texts, keeper))
         groups.append(batch.group)
         text_groups.append(batch.text_group)
         txt2img.append(batch.txt2img + seen)
@@ -87,6 +91,7 @@ def encode_gallery(model: VisionLanguageModel, batches: Iterable[Batch]) -> Gall
         text_features=torch.cat(texts),
         text_group=torch.cat(text_groups),
         txt2img=torch.cat(txt2img),
+        matching=keeper.matching() if keeper else None,
     )
     for what, features in (("image", gallery.image_features), ("caption", gallery.text_features)):
         broken = (~features.isfinite().all(1)).nonzero().flatten().tolist()
@@ -95,12 +100,24 @@ def encode_gallery(model: VisionLanguageModel, batches: Iterable[Batch]) -> Gall
     return gallery
 
 
-def encode_images(model: VisionLanguageModel, images: Tensor, start: int, stop: int) -> Tensor:
-    return image_features(model, images[start:stop]).float()
+@torch.no_grad()
+def encode_images(model: VisionLanguageModel, images: Tensor, keeper: Keeper | None, start: int, stop: int) -> Tensor:
+    state = model.encode_image(images[start:stop])
+    features = state.features.float()
+    if keeper is not None:
+        keeper.keep_images(state)
+    return features
 
 
-def encode_texts(model: VisionLanguageModel, texts: Sequence[str], start: int, stop: int) -> Tensor:
-    return text_features(model, texts[start:stop]).float()
+@torch.no_grad()
+def encode_texts(
+    model: VisionLanguageModel, texts: Sequence[str], keeper: Keeper | None, start: int, stop: int
+) -> Tensor:
+    state = model.encode_text(model.tokenize(texts[start:stop]).to(model.logit_scale.device))
+    features = state.features.float()
+    if keeper is not None:
+        keeper.keep_texts(state)
+    return features
 
 
 def gallery_context(gallery: Gallery) -> AttackContext:
@@ -113,19 +130,38 @@ def gallery_context(gallery: Gallery) -> AttackContext:
     )
 
 
-def gallery_ranks(gallery: Gallery) -> Ranks:
-    """Ranks by cosine in both directions, on the CPU."""
-    images, texts = gallery.image_features, gallery.text_features
-    return Ranks(
-        tr=retrieval_ranks(images, texts, query_group=gallery.image_group, gallery_group=gallery.text_group).cpu(),
-        ir=retrieval_ranks(texts, images, query_group=gallery.text_group, gallery_group=gallery.image_group).cpu(),
-        txt2img=gallery.txt2img.cpu(),
-    )
+def gallery_ranks(gallery: Gallery, rows: Sequence[int] | None = None) -> Ranks:
+    """Ranks in both directions, on the CPU, by cosine or by the gallery's second stage.
+
+    rows: the images, ascending, that query with their captions, among the whole gallery; None: all.
+    """
+    images, texts, txt2img = gallery.image_features, gallery.text_features, gallery.txt2img.to(gallery.text_group)
+    device = images.device
+    chosen = torch.arange(len(images), device=device) if rows is None else torch.tensor(rows, device=device)
+    captions = captions_of(gallery, chosen)
+    of_images, of_texts = gallery.image_group[chosen], gallery.text_group[captions]
+    if gallery.matching is None:
+        tr = retrieval_ranks(images[chosen], texts, query_group=of_images, gallery_group=gallery.text_group)
+        ir = retrieval_ranks(texts[captions], images, query_group=of_texts, gallery_group=gallery.image_group)
+    else:
+        found = gallery.matching.scores(images, texts, image_rows=chosen, text_rows=captions)
+        tr = reranked_ranks(
+            found.image_scores, found.image_candidates, query_group=of_images, gallery_group=gallery.text_group
+        )
+        ir = reranked_ranks(
+            found.text_scores, found.text_candidates, query_group=of_texts, gallery_group=gallery.image_group
+        )
+    return Ranks(tr=tr.cpu(), ir=ir.cpu(), txt2img=torch.searchsorted(chosen, txt2img[captions]).cpu())
 
 
-def clean_ranks(model: VisionLanguageModel, batches: Iterable[Batch]) -> Ranks:
+def captions_of(gallery: Gallery, images: Tensor) -> Tensor:
+    """[Q] places of the captions of `images`, in order."""
+    return torch.isin(gallery.txt2img.to(images.device), images).nonzero().flatten()
+
+
+def clean_ranks(model: VisionLanguageModel, batches: Iterable[Batch], *, rerank: Rerank | None = None) -> Ranks:
     """A model's ranks on data as it is."""
-    return gallery_ranks(encode_gallery(model, batches))
+    return gallery_ranks(encode_gallery(model, batches, rerank=rerank))
 
 
 def run_attack(
@@ -172,22 +208,29 @@ class Measured:
 
 
 def evaluate(
-    victim: VisionLanguageModel, attacked: Iterable[Attacked], *, clean: Ranks, setting: Setting, resamples: int = 1000
+    victim: VisionLanguageModel,
+    attacked: Iterable[Attacked],
+    *,
+    clean: Ranks,
+    setting: Setting,
+    resamples: int = 1000,
+    rerank: Rerank | None = None,
 ) -> Row:
     """Judge `victim` on attacked data, be it made just now (`run_attack`) or stored (`AdversarialSet`).
 
-    clean: the victim's own ranks on the clean data. A victim of another resolution than the surrogate's resizes inside.
+    clean: the victim's own ranks on the clean data. rerank: the second stage, None: by cosine alone; as for `clean`.
+    A victim of another resolution than the surrogate's resizes inside.
     """
-    ranks, measured = attacked_ranks(victim, attacked, clean=clean)
+    ranks, measured = attacked_ranks(victim, attacked, clean=clean, rerank=rerank)
     return row_of(ranks, clean, setting=setting, resamples=resamples, measured=measured)
 
 
 def attacked_ranks(
-    victim: VisionLanguageModel, attacked: Iterable[Attacked], *, clean: Ranks
+    victim: VisionLanguageModel, attacked: Iterable[Attacked], *, clean: Ranks, rerank: Rerank | None = None
 ) -> tuple[Ranks, Measured]:
     """The ranks behind a row, and what passed by. Raises UserError unless the queries are those of `clean`."""
     measured = Measured()
-    ranks = gallery_ranks(encode_gallery(victim, measured.watch(attacked)))
+    ranks = gallery_ranks(encode_gallery(victim, measured.watch(attacked), rerank=rerank))
     if not torch.equal(ranks.txt2img, clean.txt2img):
         raise UserError(
             f"the attacked data ({len(ranks.tr)} images, {len(ranks.ir)} captions) is not the clean data "

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastmat.evaluation.evaluate import Attacked, Gallery, encode_gallery, gallery_ranks
 from fastmat.evaluation.metrics import Ranks
+from fastmat.evaluation.rerank import Rerank
 from fastmat.evaluation.results import Example, RetrievedImage, RetrievedText, Setting
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.ops import topk_shortlist
@@ -38,12 +39,13 @@ def make_examples(
     images: Sequence[int],
     ids: Sequence[str],
     setting: Setting,
+    rerank: Rerank | None = None,
 ) -> list[Example]:
     """One example per position in `images`: the picture, and its first caption whose words changed (or its first).
 
     clean: the data at the resolution that was attacked. attacked: the whole of it, as for `evaluate`. Both are read
-    once. ids: names of all images. Before: clean queries rank the clean gallery; after: attacked queries rank the
-    attacked gallery.
+    once. ids: names of all images. rerank: the second stage, None: by cosine alone. Before: clean queries rank the
+    clean gallery; after: attacked queries rank the attacked gallery.
     """
     before, after = Seen(keep=frozenset(images)), Seen(keep=frozenset(images))
     distance: list[float] = []
@@ -53,15 +55,20 @@ def make_examples(
             distance.extend(part.distance.tolist())
             yield part.pairs
 
-    galleries = encode_gallery(victim, before.watch(clean)), encode_gallery(victim, after.watch(attacked_pairs()))
+    galleries = (
+        encode_gallery(victim, before.watch(clean), rerank=rerank),
+        encode_gallery(victim, after.watch(attacked_pairs()), rerank=rerank),
+    )
     ranks = tuple(gallery_ranks(gallery) for gallery in galleries)
     examples = []
     for image in images:
         captions = (galleries[0].txt2img == image).nonzero().flatten().tolist()
         caption = next((t for t in captions if before.texts[t] != after.texts[t]), captions[0])
         difference, magnification = magnified(before.pictures[image], after.pictures[image])
-        texts = [top_texts(g, seen, image) for g, seen in zip(galleries, (before, after), strict=True)]
-        pictures = [top_images(g, seen, caption) for g, seen in zip(galleries, (before, after), strict=True)]
+        found = [best(gallery, image, caption) for gallery in galleries]
+        views = list(zip(galleries, (before, after), found, strict=True))
+        texts = [top_texts(gallery, seen, image, places) for gallery, seen, (places, _) in views]
+        pictures = [top_images(gallery, seen, caption, places) for gallery, seen, (_, places) in views]
         examples.append(
             Example(
                 image=ids[image],
@@ -117,21 +124,32 @@ def magnified(clean: Tensor, adversarial: Tensor) -> tuple[Tensor, int]:
     return (0.5 + factor * delta).clamp(0, 1), factor
 
 
-def top_texts(gallery: Gallery, seen: Seen, image: int) -> list[RetrievedText]:
-    """The captions that an image retrieves, best first."""
-    found = best(gallery.image_features[image], gallery.text_features)
+def top_texts(gallery: Gallery, seen: Seen, image: int, places: Sequence[int]) -> list[RetrievedText]:
+    """The captions `places` that an image retrieves, best first."""
     group = gallery.image_group[image]
-    return [RetrievedText(text=seen.texts[t], correct=bool(gallery.text_group[t] == group)) for t in found]
+    return [RetrievedText(text=seen.texts[t], correct=bool(gallery.text_group[t] == group)) for t in places]
 
 
-def top_images(gallery: Gallery, seen: Seen, caption: int) -> list[RetrievedImage]:
-    """The images that a caption retrieves, best first."""
-    found = best(gallery.text_features[caption], gallery.image_features)
+def top_images(gallery: Gallery, seen: Seen, caption: int, places: Sequence[int]) -> list[RetrievedImage]:
+    """The images `places` that a caption retrieves, best first."""
     group = gallery.text_group[caption]
-    return [RetrievedImage(png=png(seen.thumbnails[i]), correct=bool(gallery.image_group[i] == group)) for i in found]
+    return [RetrievedImage(png=png(seen.thumbnails[i]), correct=bool(gallery.image_group[i] == group)) for i in places]
 
 
-def best(query: Tensor, gallery: Tensor) -> list[int]:
+def best(gallery: Gallery, image: int, caption: int) -> tuple[list[int], list[int]]:
+    """The captions that an image retrieves and the images that a caption retrieves, best first."""
+    images, texts = gallery.image_features, gallery.text_features
+    rows = torch.tensor([[image], [caption]], device=images.device)
+    if gallery.matching is None:
+        return nearest(images[image], texts), nearest(texts[caption], images)
+    found = gallery.matching.scores(images, texts, image_rows=rows[0], text_rows=rows[1])
+    return (
+        found.image_candidates[0, found.image_scores[0].argsort(descending=True)][:TOP].tolist(),
+        found.text_candidates[0, found.text_scores[0].argsort(descending=True)][:TOP].tolist(),
+    )
+
+
+def nearest(query: Tensor, gallery: Tensor) -> list[int]:
     """The rows of gallery [G, E] nearest to a query [E]."""
     return topk_shortlist(query[None], gallery, min(TOP, len(gallery)))[1][0].tolist()
 

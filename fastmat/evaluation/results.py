@@ -13,7 +13,8 @@
          dataset, split, seed
          n_images, n_captions   queries: the images and captions that were attacked
          gallery_images         images ranked, where only some of them were attacked; null: n_images
-         scoring                itc: by cosine
+         scoring                itc: by cosine; itm, itm+cosine: the nearest by cosine, put in order by the matching
+                                logit, or by it and the cosine
          tr@1 tr@5 tr@10        text retrieval (image to text) recall
          ir@1 ir@5 ir@10        image retrieval (text to image) recall
          asr_tr@1 ... asr_ir@10 of the queries right when clean, the share wrong after the attack; null: clean, or

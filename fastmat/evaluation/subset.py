@@ -10,16 +10,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from fastmat.data.loader import EvaluationBatches
 from fastmat.data.retrieval import RetrievalSet
 from fastmat.errors import UserError
-from fastmat.evaluation.evaluate import Attacked, Gallery, Measured, encode_gallery, row_of
+from fastmat.evaluation.evaluate import Attacked, Gallery, Measured, captions_of, encode_gallery, gallery_ranks, row_of
 from fastmat.evaluation.metrics import Ranks
 from fastmat.evaluation.results import Row, Setting
 from fastmat.models.protocol import VisionLanguageModel
-from fastmat.ops import retrieval_ranks
 
 
 def draw_rows(n: int, count: int, *, seed: int) -> tuple[int, ...]:
@@ -64,27 +62,6 @@ def picked(batches: EvaluationBatches, rows: Sequence[int], *, share: int = 0, o
     return PickedBatches(**fields, plan=plan[share::of])
 
 
-def subset_ranks(gallery: Gallery, rows: Sequence[int]) -> Ranks:
-    """Ranks of the images `rows` (ascending) and of their captions among the whole gallery, on the CPU."""
-    images, texts = gallery.image_features, gallery.text_features
-    chosen = torch.tensor(rows, device=images.device)
-    captions = captions_of(gallery, chosen)
-    return Ranks(
-        tr=retrieval_ranks(
-            images[chosen], texts, query_group=gallery.image_group[chosen], gallery_group=gallery.text_group
-        ).cpu(),
-        ir=retrieval_ranks(
-            texts[captions], images, query_group=gallery.text_group[captions], gallery_group=gallery.image_group
-        ).cpu(),
-        txt2img=torch.searchsorted(chosen, gallery.txt2img[captions]).cpu(),
-    )
-
-
-def captions_of(gallery: Gallery, images: Tensor) -> Tensor:
-    """[Q] places of the captions of `images`, in order."""
-    return torch.isin(gallery.txt2img.to(images.device), images).nonzero().flatten()
-
-
 def evaluate_subset(
     victim: VisionLanguageModel,
     attacked: Iterable[Attacked],
@@ -96,12 +73,13 @@ def evaluate_subset(
 ) -> Row:
     """Judge `victim` on attacked images `rows` (ascending) and their captions, in a gallery otherwise clean.
 
-    clean: the victim's whole clean gallery. All rates are those of the attacked queries.
+    clean: the victim's whole clean gallery; with its second stage the attacked queries are ranked too. All rates are
+    those of the attacked queries.
     """
     ranks, measured = attacked_subset_ranks(victim, attacked, clean=clean, rows=rows)
     return row_of(
         ranks,
-        subset_ranks(clean, rows),
+        gallery_ranks(clean, rows),
         setting=setting,
         resamples=resamples,
         measured=measured,
@@ -114,7 +92,8 @@ def attacked_subset_ranks(
 ) -> tuple[Ranks, Measured]:
     """The ranks behind such a row, and what passed by. Raises UserError unless `rows` are what was attacked."""
     measured = Measured()
-    part = encode_gallery(victim, measured.watch(attacked))
+    held = clean.matching
+    part = encode_gallery(victim, measured.watch(attacked), rerank=held.rerank if held else None)
     chosen = torch.tensor(rows, device=clean.image_features.device)
     captions = captions_of(clean, chosen)
     if len(part.image_features) != len(chosen) or len(part.text_features) != len(captions):
@@ -126,5 +105,6 @@ def attacked_subset_ranks(
         clean,
         image_features=clean.image_features.index_copy(0, chosen, part.image_features),
         text_features=clean.text_features.index_copy(0, captions, part.text_features),
+        matching=held.overlaid(part.matching, chosen, captions) if held and part.matching else None,
     )
-    return subset_ranks(after, rows), measured
+    return gallery_ranks(after, rows), measured

@@ -15,7 +15,7 @@ from fastmat.errors import UserError
 from fastmat.models.fusion_bert import FusionEncoder
 from fastmat.models.fusion_checkpoint import FusionCheckpoint, FusionSizes, first_fusion_layer
 from fastmat.models.matcher import Matcher
-from fastmat.models.protocol import FusionState, ImageState, TextState, TextTokens, Tokenizer
+from fastmat.models.protocol import TextState, TextTokens, Tokenizer
 from fastmat.models.shifting import shifted
 from fastmat.models.tokenizers import WordPieceTokenizer, read_bert_tokenizer
 from fastmat.models.weights import load_state, read_state
@@ -23,6 +23,8 @@ from fastmat.models.weights import load_state, read_state
 
 class Albef(Matcher):
     """Implements `fastmat.models.protocol.FusionModel`, with random weights."""
+
+    ranks_with_cosine = False
 
     def __init__(self, *, sizes: FusionSizes, tokenizer: Tokenizer, context_length: int) -> None:
         super().__init__(sizes=sizes, tokenizer=tokenizer, context_length=context_length)
@@ -55,10 +57,9 @@ class Albef(Matcher):
             hidden: Tensor = self.text_tower(input_ids=tokens.ids, attention_mask=tokens.mask.long()).last_hidden_state
         return hidden
 
-    def fuse(self, image: ImageState, text: TextState, owner: Tensor | None = None, maps: bool = False) -> FusionState:
-        assert image.tokens is not None and text.tokens is not None
-        tokens, attention = self.fusion(text.tokens, text.mask, image.tokens, owner, maps=maps)
-        return FusionState(tokens, self.itm_head(tokens[:, 0]).float(), attention if maps else None)
+    def fusion_input(self, text: TextState) -> Tensor:
+        assert text.tokens is not None
+        return text.tokens
 
 
 def load_albef(

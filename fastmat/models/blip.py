@@ -20,7 +20,7 @@ from fastmat.errors import UserError
 from fastmat.models.fusion_bert import EPS, INIT_STD, FusionEncoder
 from fastmat.models.fusion_checkpoint import FusionCheckpoint, FusionSizes, first_fusion_layer
 from fastmat.models.matcher import Matcher
-from fastmat.models.protocol import FusionState, ImageState, TextState, TextTokens, Tokenizer
+from fastmat.models.protocol import TextState, TextTokens, Tokenizer
 from fastmat.models.shifting import shifted
 from fastmat.models.tokenizers import WordPieceTokenizer, read_bert_tokenizer
 from fastmat.models.weights import load_state, read_state
@@ -63,6 +63,8 @@ class Blip(Matcher):
     "cls", the text's own first id, as in the stand-alone matching model.
     """
 
+    ranks_with_cosine = True
+
     def __init__(
         self, *, sizes: FusionSizes, tokenizer: Tokenizer, context_length: int, match_token: MatchToken = "enc"
     ) -> None:
@@ -70,6 +72,7 @@ class Blip(Matcher):
         if match_token not in get_args(MatchToken):
             raise UserError(f"match_token must be one of {', '.join(get_args(MatchToken))}, got {match_token!r}")
         self.match_token = match_token
+        self.temp_bounds = (0.001, 0.5)  # where training keeps the temperature, as published; ALBEF's is free
         embeddings = TextEmbeddings(vocabulary=sizes.vocabulary, positions=sizes.positions, width=sizes.text_width)
         self.text_tower = nn.Sequential(OrderedDict(embeddings=embeddings))
         self.fusion = FusionEncoder(
@@ -89,13 +92,11 @@ class Blip(Matcher):
         with shifted(self.token_embedding, tokens.shift):
             return self.fusion(self.text_tower(tokens.ids), tokens.mask, None)[0]
 
-    def fuse(self, image: ImageState, text: TextState, owner: Tensor | None = None, maps: bool = False) -> FusionState:
-        assert image.tokens is not None
+    def fusion_input(self, text: TextState) -> Tensor:
         ids = text.ids
         if self.match_token == "enc":
             ids = torch.cat((torch.full_like(ids[:, :1], self.sizes.vocabulary - 1), ids[:, 1:]), 1)
-        tokens, attention = self.fusion(self.text_tower(ids), text.mask, image.tokens, owner, maps=maps)
-        return FusionState(tokens, self.itm_head(tokens[:, 0]).float(), attention if maps else None)
+        return self.text_tower(ids)
 
 
 def load_blip(

@@ -86,14 +86,14 @@ class Attention(nn.Module):
 
     def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """[N, S, D] to keys and values [N, H, S, W / H]."""
-        return self._heads(self.key(source)), self._heads(self.value(source))
+        return self.heads_of(self.key(source)), self.heads_of(self.value(source))
 
     def forward(
         self, x: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None = None, *, maps: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """seen: which positions of the source may be attended to, broadcast to [P, H, L, S]; None: all. maps: also give
         the attention, in the graph."""
-        query, dropped = self._heads(self.query(x)), self.dropout if self.training else 0.0
+        query, dropped = self.heads_of(self.query(x)), self.dropout if self.training else 0.0
         weights = None
         if maps:
             assert seen is None
@@ -104,7 +104,8 @@ class Attention(nn.Module):
         merged = self.merge(attended.transpose(1, 2).flatten(2))
         return self.norm(x + F.dropout(merged, dropped)), weights
 
-    def _heads(self, x: Tensor) -> Tensor:
+    def heads_of(self, x: Tensor) -> Tensor:
+        """[N, S, W] to [N, H, S, W / H]."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 

@@ -9,17 +9,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmat.errors import UserError
-from fastmat.models.fusion_bert import linear
+from fastmat.models.fusion_bert import FusionEncoder, linear
 from fastmat.models.fusion_checkpoint import FusionSizes
 from fastmat.models.hf_clip import CLIP_MEAN, CLIP_STD
-from fastmat.models.protocol import Encoded, ImageState, TextState, TextTokens, Tokenizer, token_batch
+from fastmat.models.packed import first_fused, keys_of_images, pack_texts
+from fastmat.models.protocol import (
+    Encoded,
+    FusionState,
+    ImageKeys,
+    ImageState,
+    PackedTexts,
+    TextState,
+    TextTokens,
+    Tokenizer,
+    token_batch,
+)
 from fastmat.models.vit import VisionTransformer
 from fastmat.types import ImageTransform
 
 
 class Matcher(nn.Module):
-    """With random weights. A model adds its text encoder: `encode_tokens` and `fuse`, which make it a
-    `fastmat.models.protocol.FusionModel`.
+    """With random weights. A model adds its text encoder, `encode_tokens`; the `fusion` and what enters it,
+    `fusion_input`; and `ranks_with_cosine`. That makes it a `fastmat.models.protocol.FusionModel`.
 
     The first token of every state is its class token. temp: the temperature, whose inverse is the logit scale; it is
     the parameter that trains, as published. Raises UserError for a context_length that the text encoder has not.
@@ -27,6 +38,8 @@ class Matcher(nn.Module):
 
     mean: Tensor
     std: Tensor
+    fusion: FusionEncoder
+    ranks_with_cosine: bool
 
     def __init__(self, *, sizes: FusionSizes, tokenizer: Tokenizer, context_length: int) -> None:
         super().__init__()
@@ -72,10 +85,31 @@ class Matcher(nn.Module):
         """The text alone, [T, L, D]."""
         raise NotImplementedError
 
+    def fusion_input(self, text: TextState) -> Tensor:
+        """The texts as they enter the fusion, [T, L, D]."""
+        raise NotImplementedError
+
     def encode_text(self, tokens: TextTokens) -> TextState:
         hidden = self.encode_tokens(tokens)
         embeds = self.text_projection(hidden[:, 0]).float()
         return TextState(tokens.ids, tokens.mask, hidden, embeds, F.normalize(embeds, dim=-1))
+
+    def fuse(self, image: ImageState, text: TextState, owner: Tensor | None = None, maps: bool = False) -> FusionState:
+        assert image.tokens is not None
+        tokens, attention = self.fusion(self.fusion_input(text), text.mask, image.tokens, owner, maps=maps)
+        return FusionState(tokens, self.itm_head(tokens[:, 0]).float(), attention if maps else None)
+
+    def image_keys(self, image_tokens: Tensor) -> ImageKeys:
+        return keys_of_images(self.fusion, image_tokens)
+
+    def pack_texts(self, text: TextState) -> PackedTexts:
+        assert not self.training
+        return pack_texts(self.fusion, self.fusion_input(text), text.mask)
+
+    def match(self, image: ImageKeys, texts: PackedTexts) -> Tensor:
+        assert not self.training
+        logits: Tensor = self.itm_head(first_fused(self.fusion, image, texts)).float()
+        return logits
 
     def forward(self, images: Tensor | None, tokens: TextTokens | None) -> Encoded:
         image = None if images is None else self.encode_image(images)

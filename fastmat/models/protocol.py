@@ -97,11 +97,15 @@ class TextPrefixes(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """What one forward of the wrapped module returns; `logit_scale` is the multiplier, already exponentiated."""
+    """What one forward of the wrapped module returns; `logit_scale` is the multiplier, already exponentiated.
+
+    fused: the pairs that a training step asked for.
+    """
 
     image: ImageState | None
     text: TextState | None
     logit_scale: Tensor
+    fused: FusionState | None = None
 
 
 class FusionState(NamedTuple):
@@ -111,6 +115,33 @@ class FusionState(NamedTuple):
     tokens: Tensor
     itm_logits: Tensor
     attention: tuple[Tensor, ...] | None
+
+
+class ImageKeys(NamedTuple):
+    """What texts look at in B images: keys and values [B, H, N, D / H] per layer."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+
+class PackedTexts(NamedTuple):
+    """T texts ready to be matched, as far as no image is needed: tokens [S, D] of one after the other, without padding;
+    lengths [T] int64, on the CPU."""
+
+    tokens: Tensor
+    lengths: Tensor
+
+    def take(self, rows: Tensor) -> PackedTexts:
+        """The texts `rows` [R] int64, on the CPU, in that order."""
+        lengths = self.lengths[rows]
+        shift = (self.lengths.cumsum(0) - self.lengths)[rows] - (lengths.cumsum(0) - lengths)
+        places = torch.repeat_interleave(shift, lengths) + torch.arange(int(lengths.sum()))
+        return PackedTexts(self.tokens[places.to(self.tokens.device, non_blocking=True)], lengths)
+
+    @classmethod
+    def join(cls, parts: Sequence[PackedTexts]) -> PackedTexts:
+        """All texts of several packs."""
+        return cls(torch.cat([part.tokens for part in parts]), torch.cat([part.lengths for part in parts]))
 
 
 @runtime_checkable
@@ -181,11 +212,13 @@ class FusionModel(VisionLanguageModel, Protocol):
     """A model that also matches an image with a text by cross-attention (ALBEF, BLIP).
 
     The first token of an image or text state, and of the fused one, is its class token.
-    mean, std: [3, 1, 1], what `encode_image` normalises with.
+    mean, std: [3, 1, 1], what `encode_image` normalises with. ranks_with_cosine: whether re-ranking, as published, adds
+    the cosine to the matching logit (BLIP) or takes the logit alone (ALBEF).
     """
 
     mean: Tensor
     std: Tensor
+    ranks_with_cosine: bool
 
     def fuse(self, image: ImageState, text: TextState, owner: Tensor | None = None, maps: bool = False) -> FusionState:
         """States of P pairs; states are reusable across calls.
@@ -193,6 +226,18 @@ class FusionModel(VisionLanguageModel, Protocol):
         owner: [P] int64, the image row of each text; None: row by row. What is computed of an image alone is computed
         once, however many texts it has. maps: also give the attention to the image, in the graph.
         """
+        ...
+
+    def image_keys(self, image_tokens: Tensor) -> ImageKeys:
+        """What `match` needs of images, [B, N, D] of an `ImageState`."""
+        ...
+
+    def pack_texts(self, text: TextState) -> PackedTexts:
+        """What `match` needs of texts; in eval mode."""
+        ...
+
+    def match(self, image: ImageKeys, texts: PackedTexts) -> Tensor:
+        """ITM logits [R, 2] of one image with R texts, those of `fuse` up to rounding; in eval mode."""
         ...
 
 

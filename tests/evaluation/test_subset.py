@@ -12,7 +12,7 @@ from fastmat.errors import UserError
 from fastmat.evaluation.evaluate import Attacked, encode_gallery, gallery_context, gallery_ranks, run_attack
 from fastmat.evaluation.metrics import attack_success_rate, recall_at
 from fastmat.evaluation.results import Setting
-from fastmat.evaluation.subset import draw_rows, evaluate_subset, pick, picked, subset_ranks
+from fastmat.evaluation.subset import draw_rows, evaluate_subset, pick, picked
 from fastmat.models.dual_encoder import DualEncoder
 from fastmat.types import Batch, ImageTransform
 
@@ -45,7 +45,7 @@ def test_only_the_chosen_queries_are_judged_among_everything(model: DualEncoder,
     assert (row.n_images, row.n_captions, row.gallery_images) == (4, int(captions.sum()), 11)
     assert row.max_distance == pytest.approx(8 / 255, abs=1e-6)
     assert row.ci["ir@5"][0] <= row.ir_5 <= row.ci["ir@5"][1]
-    ranks = subset_ranks(clean, ROWS)
+    ranks = gallery_ranks(clean, ROWS)
     assert torch.equal(torch.tensor(ROWS)[ranks.txt2img], before.txt2img[captions])
 
 

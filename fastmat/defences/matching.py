@@ -9,7 +9,7 @@ drawn by similarity to the momentum keys (ALBEF) or to the live features (BLIP);
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, get_args
@@ -21,7 +21,7 @@ from torch import Tensor
 from fastmat.attacks.draws import Draws
 from fastmat.defences.base import Defence, Features, Pairs, Views
 from fastmat.defences.inner import Captions, unit_captions, unit_images
-from fastmat.defences.momentum import Momentum
+from fastmat.defences.momentum import FeatureQueue, Momentum
 from fastmat.defences.negatives import check_negatives, draw_columns, negative_weights, uniform_of_texts
 from fastmat.defences.terms import contrastive_between, mean_over_texts, of_everyone
 from fastmat.errors import UserError
@@ -105,10 +105,6 @@ class Matching:
         self._every: AttackContext | None = None
 
     def perturb(self, model: VisionLanguageModel, batch: Batch, draws: Draws) -> Views:
-        if self.settings.itm and not fuses(model):
-            raise UserError(
-                f"{type(model).__name__} does not fuse images with texts; take albef or blip, or set itm: 0"
-            )
         views = self.defence.perturb(model, batch, draws)
         if self.memory is not None:
             self.memory.follow(model)
@@ -187,26 +183,27 @@ class Matching:
         own, every = self._own, self._every
         assert own is not None and every is not None
         ramp = min(1.0, memory.steps / self.settings.ramp_steps) if self.settings.ramp_steps else 1.0
-        rows = partial(contrastive_rows, logit_scale=features.logit_scale, soft_weight=self.settings.soft_weight * ramp)
-        held: dict[str, Mapping[str, Tensor]] = {
-            name: {"queue": queue.features, "queue_group": queue.group} if len(queue.group) else {}
-            for name, queue in (("images", memory.images), ("texts", memory.texts))
-        }
-        of_images = rows(
-            features.images[images].features,
-            every.text_features,
-            row_group=features.group,
-            column_group=every.text_group,
-            soft_rows=own.image_features,
-            **held["texts"],
-        )
+
+        def rows(
+            live: Tensor, soft: Tensor, group: Tensor, keys: Tensor, key_group: Tensor, queue: FeatureQueue
+        ) -> Tensor:
+            queued = len(queue.group) > 0
+            return contrastive_rows(
+                live,
+                keys,
+                features.logit_scale,
+                row_group=group,
+                column_group=key_group,
+                soft_rows=soft,
+                soft_weight=self.settings.soft_weight * ramp,
+                queue=queue.features if queued else None,
+                queue_group=queue.group if queued else None,
+            )
+
+        image, text = features.images[images].features, features.texts[texts].features
+        of_images = rows(image, own.image_features, features.group, every.text_features, every.text_group, memory.texts)
         of_texts = rows(
-            features.texts[texts].features,
-            every.image_features,
-            row_group=features.text_group,
-            column_group=every.image_group,
-            soft_rows=own.text_features,
-            **held["images"],
+            text, own.text_features, features.text_group, every.image_features, every.image_group, memory.images
         )
         return (of_images.mean() + mean_over_texts(features, of_texts)) / 2
 

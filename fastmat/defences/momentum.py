@@ -86,9 +86,9 @@ class Momentum(nn.Module):
     def follow(self, model: VisionLanguageModel) -> None:
         """One step towards `model`, whose weights are whole here: one call over all of them."""
         assert isinstance(model, nn.Module)
-        own, its = list(self.model.parameters()), [parameter.detach() for parameter in model.parameters()]
-        shaped = [new.view_as(old) for old, new in zip(own, its, strict=True)]
-        torch._foreach_lerp_(own, shaped, 1 - self.ema_decay)
+        own: list[Tensor] = list(self.model.parameters())
+        towards = [new.detach().view_as(old) for old, new in zip(own, model.parameters(), strict=True)]
+        torch._foreach_lerp_(own, towards, 1 - self.ema_decay)
 
     def check(self, images: int) -> None:
         """Raise UserError unless the queue holds a number of whole batches of `images`, over all processes."""

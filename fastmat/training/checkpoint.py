@@ -1,7 +1,8 @@
 """Checkpoints: whole or absent, checked by sha256, enough to continue bit for bit.
 
-One folder per checkpoint, `checkpoints/step-00000500/`: weights.safetensors, optimizer.safetensors, state.json (steps
-done, what the run was told, who wrote it) and manifest.json (sha256 of the others). It is written under another name,
+One folder per checkpoint, `checkpoints/step-00000500/`: weights.safetensors, optimizer.safetensors, memory.safetensors
+where a defence has a memory (momentum encoders, queues), state.json (steps done, what the run was told, who wrote it)
+and manifest.json (sha256 of the others). It is written under another name,
 flushed, then renamed. The number of steps done is also the state of the schedule, of the data and of every random
 stream, because the loop makes all three functions of (seed, step). Weights and optimiser are whole and named by
 parameter, whatever engine trained them, so another engine or another number of processes can go on with them.
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmat.errors import UserError
 from fastmat.models.weights import read_state, save_state
@@ -35,11 +36,12 @@ def save_checkpoint(
     moments: Mapping[str, Tensor],
     state: Mapping[str, Any],
     keep_last: int,
+    memory: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write `folder/step-N` for `state["step"]` = N; of the others, the newest and the best stay, `keep_last` and one.
 
-    weights, moments: of an engine. One process calls it. Raises UserError where it cannot be written, naming the last
-    good checkpoint; then nothing is left of it.
+    weights, moments: of an engine. memory: what a defence keeps beside the model. One process calls it. Raises
+    UserError where it cannot be written, naming the last good checkpoint; then nothing is left of it.
     """
     target = folder / f"step-{state['step']:08d}"
     partial = folder / f".{target.name}.partial"
@@ -48,6 +50,8 @@ def save_checkpoint(
         partial.mkdir(parents=True)
         save_state(weights, partial / "weights.safetensors")
         save_state(moments, partial / "optimizer.safetensors")
+        if memory is not None:
+            save_state(memory, partial / "memory.safetensors")
         (partial / "state.json").write_text(json.dumps(state, indent=1))
         manifest = {path.name: sha256(path) for path in sorted(partial.iterdir())}
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -127,6 +131,11 @@ def read_run_state(path: Path, told: Mapping[str, Any]) -> dict[str, Any]:
 def read_moments(path: Path) -> dict[str, Tensor]:
     """The optimiser's state, as an engine gave it."""
     return read_state(path / "optimizer.safetensors")
+
+
+def read_memory(path: Path, memory: nn.Module) -> None:
+    """Into `memory`, what a defence kept."""
+    memory.load_state_dict(read_state(path / "memory.safetensors"))
 
 
 def differences(then: Any, now: Any, key: str = "") -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -18,7 +18,8 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from fastmat.errors import UserError
-from fastmat.models.protocol import Encoded, TextTokens, VisionLanguageModel
+from fastmat.models.protocol import VisionLanguageModel
+from fastmat.training.forward import Forward
 from fastmat.training.parameters import clamp_logit_scale, decay_groups
 from fastmat.training.settings import TrainSettings
 
@@ -29,7 +30,7 @@ class Engine(Protocol):
     """name: what checkpoints call it. forward: the outer module, wrapped. Every method is called by all processes."""
 
     name: str
-    forward: Callable[[Tensor | None, TextTokens | None], Encoded]
+    forward: Forward
 
     def attacked(self) -> AbstractContextManager[VisionLanguageModel]:
         """Inside, the model with whole weights and without anybody's hooks, for the inner attack."""

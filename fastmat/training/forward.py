@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmat.defences.base import Features, Views
-from fastmat.models.protocol import Encoded, ImageState, TextState, TextTokens, VisionLanguageModel
+from fastmat.defences.base import Features, Pairs, Views
+from fastmat.models.protocol import Encoded, FusionState, ImageState, TextState, TextTokens, VisionLanguageModel
 from fastmat.types import Batch
 
-Forward = Callable[[Tensor | None, TextTokens | None], Encoded]
+Forward = Callable[..., Encoded]  # of (images, tokens), and what selects pairs to fuse where there are any
 
 
 def encode_views(forward: Forward, model: VisionLanguageModel, views: Views, batch: Batch) -> Features:
     """Encode every view with gradients.
 
-    forward: the prepared module, called once as `forward(images, tokens)` with the views stacked; `model` (unwrapped)
-    only tokenises. The result holds each view apart again, embeddings and features in fp32.
+    forward: the prepared module, called once as `forward(images, tokens)` with the views stacked, and with what
+    `views.match` selects where there is such; `model` (unwrapped) only tokenises. The result holds each view apart
+    again, embeddings and features in fp32.
     """
     images = torch.cat(list(views.images.values())) if views.images else None
     tokens = None
@@ -27,7 +29,29 @@ def encode_views(forward: Forward, model: VisionLanguageModel, views: Views, bat
         captions = [text for texts in views.texts.values() for text in texts]
         tokens = model.tokenize(captions).to(batch.images.device)
         tokens = tokens._replace(shift=_stacked_shift(views, tokens))
-    encoded = forward(images, tokens)
+    if views.match is None:
+        return apart(forward(images, tokens), views, batch)
+    match, chosen = views.match, dict[str, Pairs]()
+
+    def select(encoded: Encoded) -> tuple[Tensor, Tensor]:
+        chosen.update(match(apart(encoded, views, batch)))
+        image_at = {name: i * len(batch) for i, name in enumerate(views.images)}
+        text_at = {name: i * len(batch.texts) for i, name in enumerate(views.texts)}
+        return (
+            torch.cat([image_at[pairs.images] + pairs.image_rows for pairs in chosen.values()]),
+            torch.cat([text_at[pairs.texts] + pairs.text_rows for pairs in chosen.values()]),
+        )
+
+    encoded = forward(images, tokens, select)
+    assert encoded.fused is not None
+    lengths = [len(pairs.text_rows) for pairs in chosen.values()]
+    columns = zip(encoded.fused.tokens.split(lengths), encoded.fused.itm_logits.split(lengths), strict=True)
+    fused = {name: FusionState(*part, attention=None) for name, part in zip(chosen, columns, strict=True)}
+    return replace(apart(encoded, views, batch), fused=fused)
+
+
+def apart(encoded: Encoded, views: Views, batch: Batch) -> Features:
+    """The stacked views, each by its name."""
     image_states: list[ImageState] = []
     if encoded.image is not None:
         image = encoded.image._replace(embeds=encoded.image.embeds.float(), features=encoded.image.features.float())

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastmat.attacks.draws import Draws, SeededDraws
-from fastmat.defences.base import Defence
+from fastmat.defences.base import Defence, remembers
 from fastmat.defences.phases import heard_by
 from fastmat.defences.terms import gathering
 from fastmat.errors import UserError
@@ -30,6 +30,7 @@ from fastmat.training.checkpoint import (
     checkpoints,
     latest_checkpoint,
     mark_best,
+    read_memory,
     read_moments,
     read_run_state,
     save_checkpoint,
@@ -113,6 +114,9 @@ def train(
     found = peers.agreed(lambda: _find_start(out, resume))
 
     model.to(accelerator.device)
+    memory = defence.memory if remembers(defence) else None
+    if memory is not None:
+        memory.to(accelerator.device)
     chosen = {id(parameter) for parameter in trained_parameters(model, defence.trains)}
     trained = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in chosen}
     start = skipped = 0
@@ -124,6 +128,8 @@ def train(
         load_weights(model, found / "weights.safetensors")
         moments = read_moments(found)
         check_moments(moments, trained)
+        if memory is not None:
+            read_memory(found, memory)
     shares = batches.iterate(start, settings.steps, rank=peers.rank, world=peers.world)
     outer = Outer(model, settings, device=accelerator.device)
 
@@ -196,6 +202,8 @@ def train(
             engine.step(update=finite)
             if not finite:
                 statistics.restore()
+            elif remembers(defence):
+                defence.remember()
             skipped += not finite
             bad_in_a_row = 0 if finite else bad_in_a_row + 1
             if bad_in_a_row == BAD_STEPS_IN_A_ROW:
@@ -219,6 +227,7 @@ def train(
                     moments=engine.moments(),
                     state={"step": done, "skipped": skipped, "told": told, "written_by": runs},
                     keep_last=settings.keep_last,
+                    memory=None if memory is None else memory.state_dict(),
                 )
                 last_checkpoint = peers.agreed(save)
                 if (ctrl_c or sigterm) and done < settings.steps:

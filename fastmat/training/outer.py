@@ -11,13 +11,25 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastmat.errors import UserError
-from fastmat.models.protocol import Encoded, ImageState, TextState, TextTokens, VisionLanguageModel
+from fastmat.models.protocol import (
+    Encoded,
+    FusionState,
+    ImageState,
+    TextState,
+    TextTokens,
+    VisionLanguageModel,
+    fuses,
+)
 from fastmat.training.settings import TrainSettings
+
+# Rows [P] of the images and [P] of the texts to be fused, chosen when both are encoded.
+Select = Callable[[Encoded], tuple[Tensor, Tensor]]
 
 
 class Outer(nn.Module):
     """`outer(images, tokens) -> Encoded`, as `model(images, tokens)`; one call of the wrapped module per step.
 
+    With `select` the model also fuses the pairs that it chooses: within the call, so that a wrapper sees them.
     precision: "bf16" runs the towers under autocast; the weights stay fp32, and so does what losses read.
     micro_batch: images, of all views, encoded at a time. Exact gradient caching (Gao et al., RepL4NLP 2021): every
         part is encoded without a graph, the loss sees all features, and the backward encodes each part again, with the
@@ -37,14 +49,30 @@ class Outer(nn.Module):
             torch.compile(model.forward) if settings.compile else partial(nn.Module.__call__, model)
         )
 
-    def forward(self, images: Tensor | None, tokens: TextTokens | None) -> Encoded:
+    def forward(self, images: Tensor | None, tokens: TextTokens | None, select: Select | None = None) -> Encoded:
         with torch.autocast(self.device_type, torch.bfloat16, enabled=self.bf16):
             parts = self._parts(images, tokens)
             if len(parts) == 1:
                 encoded = self._encode(images, tokens)
             else:
                 encoded = joined([checkpoint(self._encode, *part, use_reentrant=False) for part in parts])
-            return encoded._replace(logit_scale=encoded.logit_scale.reshape(()))  # an engine may hold it as [1]
+            encoded = encoded._replace(logit_scale=encoded.logit_scale.reshape(()))  # an engine may hold it as [1]
+            return encoded if select is None else encoded._replace(fused=self._fuse(encoded, select, len(parts)))
+
+    def _fuse(self, encoded: Encoded, select: Select, count: int) -> FusionState:
+        """The pairs of `select`, in `count` parts."""
+        assert fuses(self.model) and encoded.image is not None and encoded.text is not None
+        with torch.no_grad():
+            image_rows, text_rows = select(encoded)
+        if count == 1:
+            return self.model.fuse(encoded.image, taken(encoded.text, text_rows), image_rows)
+        rows = zip(image_rows.tensor_split(count), text_rows.tensor_split(count), strict=True)
+        parts = [checkpoint(self._fused_rows, encoded.image, encoded.text, *pair, use_reentrant=False) for pair in rows]
+        return FusionState(torch.cat([p.tokens for p in parts]), torch.cat([p.itm_logits for p in parts]), None)
+
+    def _fused_rows(self, image: ImageState, text: TextState, image_rows: Tensor, text_rows: Tensor) -> FusionState:
+        assert fuses(self.model) and image.tokens is not None
+        return self.model.fuse(image._replace(tokens=image.tokens[image_rows]), taken(text, text_rows))
 
     def _parts(self, images: Tensor | None, tokens: TextTokens | None) -> list[tuple[Tensor | None, TextTokens | None]]:
         """Images and texts in equally many parts, so that every part runs through both towers."""
@@ -58,6 +86,11 @@ class Outer(nn.Module):
             columns = [[None] * count if part is None else part.tensor_split(count) for part in tokens]
             text_parts = [TextTokens(*part) for part in zip(*columns, strict=True)]
         return list(zip(image_parts, text_parts, strict=True))
+
+
+def taken(text: TextState, rows: Tensor) -> TextState:
+    """The rows [P] of T texts."""
+    return TextState(*(None if of is None else of[rows] for of in text))  # type: ignore[arg-type]
 
 
 def joined(parts: Sequence[Encoded]) -> Encoded:

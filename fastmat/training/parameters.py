@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastmat.attacks.base import frozen, restored
 from fastmat.errors import UserError, nearest
-from fastmat.models.protocol import VisionLanguageModel
+from fastmat.models.protocol import VisionLanguageModel, fuses
 
 TOWERS = ("image", "text")
+PARTS = (*TOWERS, "fusion")
 LARGEST_LOG_SCALE = math.log(100)
 
 
 def trained_parameters(model: VisionLanguageModel, trains: tuple[str, ...]) -> list[nn.Parameter]:
-    """The parameters that the embeddings of the towers in `trains` depend on; the logit scale when both train.
+    """The parameters that the embeddings of the towers in `trains` depend on; the logit scale when both train; with
+    "fusion" those that matching adds to the towers.
 
     Found by asking autograd, so it holds for any model, and what no output depends on never trains (a wrapper that
     waits for its gradient would hang). A parameter frozen beforehand stays frozen.
@@ -27,8 +29,10 @@ def trained_parameters(model: VisionLanguageModel, trains: tuple[str, ...]) -> l
     """
     assert isinstance(model, nn.Module)
     for tower in trains:
-        if tower not in TOWERS:
-            raise UserError(f"a defence trains 'image', 'text' or both, not {tower!r}{nearest(tower, TOWERS)}")
+        if tower not in PARTS:
+            raise UserError(
+                f"a defence trains 'image', 'text' or both, or 'fusion', not {tower!r}{nearest(tower, PARTS)}"
+            )
     candidates = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with frozen(model), torch.enable_grad():
         for parameter in candidates:
@@ -51,7 +55,14 @@ def _outputs(model: VisionLanguageModel, trains: tuple[str, ...]) -> Tensor:
         total = total + model.encode_image(torch.zeros(1, 3, size, size, device=device)).embeds.sum()
     if "text" in trains:
         total = total + model.encode_text(model.tokenize(["a"]).to(device)).embeds.sum()
-    if set(trains) == set(TOWERS):
+    if "fusion" in trains:
+        assert fuses(model)
+        size = model.image_transform.size
+        with torch.no_grad():
+            image = model.encode_image(torch.zeros(1, 3, size, size, device=device))
+            text = model.encode_text(model.tokenize(["a"]).to(device))
+        total = total + model.fuse(image, text).itm_logits.sum()
+    if set(trains) >= set(TOWERS):
         total = total + model.logit_scale
     return total
 
@@ -82,18 +93,30 @@ def training_mode(
         yield
 
 
-def log_scale_of(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> nn.Parameter | None:
-    """The logarithm of the logit scale, where it trains."""
-    log_scale = getattr(model, "log_logit_scale", None)
-    return next((parameter for parameter in trained.values() if parameter is log_scale), None)
+class BoundedScale(NamedTuple):
+    """The parameter that the logit scale is made of, and between what it must stay."""
+
+    parameter: nn.Parameter
+    low: float
+    high: float
+
+
+def bounded_scale(model: nn.Module, trained: Iterable[nn.Parameter]) -> BoundedScale | None:
+    """CLIP's logarithm of at most log 100, or the temperature of a model that has `temp_bounds`, where it trains."""
+    found = None
+    if getattr(model, "log_logit_scale", None) is not None:
+        found = BoundedScale(model.log_logit_scale, -math.inf, LARGEST_LOG_SCALE)  # type: ignore[arg-type]
+    elif getattr(model, "temp_bounds", None) is not None:
+        found = BoundedScale(model.temp, *model.temp_bounds)  # type: ignore[arg-type, misc]
+    return found if found is not None and any(parameter is found.parameter for parameter in trained) else None
 
 
 @torch.no_grad()
 def clamp_logit_scale(model: nn.Module) -> None:
-    """Keep the logit scale at 100 or below, as CLIP does."""
-    log_scale = getattr(model, "log_logit_scale", None)
-    if log_scale is not None and log_scale.requires_grad:
-        log_scale.clamp_(max=LARGEST_LOG_SCALE)
+    """Keep the logit scale in its bounds, as published; those of CLIP are 0 and 100."""
+    scale = bounded_scale(model, [parameter for parameter in model.parameters() if parameter.requires_grad])
+    if scale is not None:
+        scale.parameter.clamp_(scale.low, scale.high)
 
 
 class NormStatistics:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeVar
 
@@ -92,15 +92,7 @@ class Peers:
         """
         if self.world == 1:
             return features
-        return Features(
-            images=features.images,
-            texts=features.texts,
-            targets=features.targets,
-            logit_scale=features.logit_scale,
-            group=features.group,
-            text_group=features.text_group,
-            everyone=cache(lambda: self._everyone(features, texts)),
-        )
+        return replace(features, everyone=cache(lambda: self._everyone(features, texts)))
 
     def context(self, context: AttackContext, *, texts: tuple[int, ...]) -> AttackContext:
         """The frozen features that an inner attack contrasts with, of all processes. texts: from `shared`."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastmat.errors import UserError
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.training.engine import MOMENTS, adamw, set_rate
-from fastmat.training.parameters import LARGEST_LOG_SCALE, log_scale_of
+from fastmat.training.parameters import BoundedScale, bounded_scale
 from fastmat.training.replica import Replica
 from fastmat.training.settings import TrainSettings
 
@@ -53,7 +53,7 @@ class Zero:
         self.trained: Mapping[str, Any] = trained  # DeepSpeed hangs its own attributes on parameters
         self.accelerator = accelerator
         self._replica = Replica(model)
-        self._log_scale = log_scale_of(model, trained)
+        self._scale = bounded_scale(model, trained.values())
         self._shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         for parameter in model.parameters():
             if (
@@ -74,8 +74,8 @@ class Zero:
         return torch.as_tensor(self.forward.get_global_grad_norm(), dtype=torch.float32)
 
     def step(self, *, update: bool) -> None:
-        if update and self._log_scale is not None:
-            self._clamp(self._log_scale)
+        if update and self._scale is not None:
+            self._clamp(self._scale)
 
     def weights(self) -> dict[str, Tensor]:
         with self._whole():
@@ -121,15 +121,16 @@ class Zero:
         return deepspeed.zero.GatheredParameters(list(self.model.parameters()))
 
     @torch.no_grad()
-    def _clamp(self, log_scale: Any) -> None:
+    def _clamp(self, scale: BoundedScale) -> None:
         """In the fp32 master copy, by the process that holds it, and in what forwards read; nothing is exchanged."""
+        parameter: Any = scale.parameter
         if self.stage == 3:
-            copies = [safe_get_local_fp32_param(log_scale), log_scale.ds_tensor, log_scale.data]
+            copies = [safe_get_local_fp32_param(parameter), parameter.ds_tensor, parameter.data]
         else:
-            held = log_scale._hp_mapping
-            copies = [log_scale.data] if held is None else [held.get_hp_fragment(), log_scale.data]
+            held = parameter._hp_mapping
+            copies = [parameter.data] if held is None else [held.get_hp_fragment(), parameter.data]
         for copy in copies:
-            copy.clamp_(max=LARGEST_LOG_SCALE)
+            copy.clamp_(scale.low, scale.high)
 
     def _pieces(self) -> dict[str, tuple[Tensor, int, int, int]]:
         """Of every trained parameter that this process holds a piece of: the flat fp32 partition it lies in, where the

@@ -6,7 +6,18 @@ import difflib
 
 from fastmat.evaluation.results import Row, Setting, Threat
 
-DEFENCES = {"none": "No defence", "finetune": "Fine-tuning", "tecoa_itr": "TeCoA-ITR", "fare": "FARE", "mat": "MAT"}
+DEFENCES = {
+    "none": "No defence",
+    "finetune": "Fine-tuning",
+    "tecoa": "TeCoA",
+    "tecoa_itr": "TeCoA-ITR",
+    "fare": "FARE",
+    "sim_clip": "Sim-CLIP",
+    "pmg_aft": "PMG-AFT",
+    "tga_zsr": "TGA-ZSR",
+    "mmcoa": "MMCoA",
+    "mat": "MAT",
+}
 ATTACKS = {
     "none": "Clean",
     "pgd": "PGD",
@@ -21,6 +32,7 @@ ATTACKS = {
     "dra": "DRA",
     "sa_aet": "SA-AET",
     "universal": "Universal",
+    "alternating": "Alternating",
     "strongest": "Strongest",
 }
 

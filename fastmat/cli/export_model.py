@@ -114,7 +114,7 @@ def write_model(component: Component, state: Mapping[str, Tensor], folder: Path)
 
     arguments = {key: value for key, value in component.arguments.items() if key != "weights"}
     write = export_open_clip if component.name == "open_clip" else export_hf_clip
-    return write(state, folder, **arguments)  # type: ignore[operator]  # checked when the run's config was read
+    return write(state, folder, **arguments)  # checked when the run's config was read
 
 
 def start_of(component: Component) -> str:

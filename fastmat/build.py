@@ -69,6 +69,8 @@ OBJECTIVES = {
     "cosine": "fastmat.attacks.objectives:CosineToOwn",
     "kl": "fastmat.attacks.objectives:KLFromClean",
     "kl_fused": "fastmat.attacks.fusion:KLFusedFromClean",
+    "itm": "fastmat.attacks.matching:ITM",
+    "itc_itm": "fastmat.attacks.matching:ITCAndITM",
     "target": "fastmat.attacks.target:Target",
     "rivals": "fastmat.attacks.rivals:Rivals",
     "squared_l2": "fastmat.attacks.objectives:SquaredL2FromClean",
@@ -372,6 +374,19 @@ def build_defence(
     parts = given_of(threat=threat, mlm=mlm, quirks=quirks, seed=seed, candidate_cache=candidate_cache)
     given = {"teacher": lambda: teacher, "prompts": prompts, **parts}
     return typing.cast("Defence", construct(locate(DEFENCES[component.name]), arguments, where=where, given=given))
+
+
+def build_matching(
+    arguments: Mapping[str, Any], defence: Defence, model: VisionLanguageModel, *, seed: int, where: str = "matching"
+) -> Defence:
+    """`defence` with contrast and matching of a fusion model, `model`, in place of its contrastive terms."""
+    from fastmat.defences.matching import Matching, MatchingSettings
+
+    settings = construct(MatchingSettings, arguments, where=where)
+    try:
+        return Matching(defence=defence, model=model, settings=settings, seed=seed)
+    except UserError as error:
+        raise at(where, error) from error
 
 
 def given_of(

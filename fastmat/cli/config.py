@@ -123,6 +123,11 @@ Adapters = Annotated[
     Fields("fastmat.models.adapters:AdapterSettings", optional=True),
     Field(description="train low-rank adapters in place of the weights; the weights written have them added"),
 ]
+Matching = Annotated[
+    dict[str, Any] | None,
+    Fields("fastmat.defences.matching:MatchingSettings", optional=True),
+    Field(description="a fusion model (albef, blip): contrast with momentum encoders and a queue, matching beside it"),
+]
 Seed = Annotated[int, Field(ge=0, description="of every random draw")]
 Device = Annotated[str, Field(description="auto (a GPU when there is one), cpu, cuda or cuda:N")]
 EvalBatch = Annotated[int, Field(gt=0, description="images at a time; changes no result")]
@@ -183,6 +188,7 @@ class TrainConfig(Section):
     threat: Threat = {}
     defence: DefenceChoice = Field(description="the defence")
     teacher: Teacher = None
+    matching: Matching = None
     adapters: Adapters = None
     train: Settings = Field(description="steps, optimiser, precision, checkpoints; its seed is the run's by default")
     seed: Seed = 0

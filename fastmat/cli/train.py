@@ -17,6 +17,7 @@ from fastmat.build import (
     build_augmentation,
     build_batches,
     build_defence,
+    build_matching,
     build_model,
     build_threat,
     build_training_data,
@@ -88,6 +89,8 @@ def train_model(config: TrainConfig, out: Path, *, resume: bool = False) -> Trai
     adapters = None if config.adapters is None else construct(AdapterSettings, config.adapters, where="adapters")
     if adapters is not None:
         add_adapters(model, adapters, seed=config.seed)
+    if config.matching is not None:
+        defence = build_matching(config.matching, defence, model, seed=config.seed)
     batches = build_batches(
         dataset,
         model.image_transform,

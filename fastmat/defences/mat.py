@@ -19,6 +19,8 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from fastmat.attacks.draws import Draws
+from fastmat.attacks.fusion import KLFusedFromClean
+from fastmat.attacks.matching import ITM, ITCAndITM
 from fastmat.attacks.objectives import CosineToOwn, Objective
 from fastmat.attacks.pgd import PGD
 from fastmat.attacks.rivals import Rivals
@@ -69,7 +71,7 @@ class MAT:
         if order not in get_args(Order):
             raise UserError(f"MAT has no order {order!r}{nearest(order, get_args(Order))}")
         wordless = order == "text_image" and isinstance(text_search, EmbeddingSpace)
-        if wordless and isinstance(objective, CosineToOwn | Rivals):
+        if wordless and isinstance(objective, CosineToOwn | Rivals | KLFusedFromClean | ITM | ITCAndITM):
             raise UserError(
                 "this image objective reads the words of a caption, and embedding_space changes none: take "
                 "'contrastive', or the order 'image_text' or 'independent'"

@@ -5,6 +5,7 @@ fastmat bench ops --device cpu --only pgd contrastive
 fastmat bench attacks --only sga --model FOLDER --mlm FOLDER --data test.json --images 16
 fastmat bench attacks --only pgd --peer CHECKOUT --peer-python OTHER/bin/python
 fastmat bench train --model ViT-B-16 --images 128 --device cuda
+fastmat bench rerank --only albef
 fastmat bench scaling
 """
 
@@ -20,6 +21,7 @@ import torch
 from fastmat.benchmarks.attacks.names import NAMES
 from fastmat.benchmarks.harness import QualityError
 from fastmat.benchmarks.plot import write_plots
+from fastmat.benchmarks.rerank.names import NAMES as RERANK
 from fastmat.benchmarks.rows import read_rows
 from fastmat.benchmarks.scaling.names import NAMES as SCALING
 from fastmat.benchmarks.suite import BENCHES, run_cases
@@ -33,7 +35,7 @@ from fastmat.errors import UserError, nearest
 if TYPE_CHECKING:
     from fastmat.benchmarks.attacks.setting import Choice
 
-SUITES = {"ops": BENCHES, "attacks": NAMES, "train": TRAIN, "scaling": SCALING}
+SUITES = {"ops": BENCHES, "attacks": NAMES, "train": TRAIN, "rerank": RERANK, "scaling": SCALING}
 CHOSEN = ("model", "mlm", "data", "images")  # for whole attacks and training steps
 PEER = ("peer", "peer_python")  # for attacks alone
 
@@ -78,6 +80,10 @@ def run(arguments: argparse.Namespace) -> None:
         from fastmat.benchmarks.train import command as train
 
         known, show, measure = train.known_rows, train.show, measure_train
+    elif arguments.suite == "rerank":
+        from fastmat.benchmarks.rerank import command as rerank
+
+        known, show, measure = read_rows, rerank.show, measure_rerank
     elif arguments.suite == "scaling":
         from fastmat.benchmarks.scaling import command as scaling
 
@@ -171,6 +177,23 @@ def measure_train(
         choice_of(arguments),
         device,
         rows_file,
+        command=command_of(arguments),
+        tell=lambda title: print(f"measuring {title}", file=sys.stderr),
+        refused=refused,
+    )
+
+
+def measure_rerank(
+    arguments: argparse.Namespace, device: torch.device, rows_file: Path, refused: list[QualityError]
+) -> None:
+    from fastmat.benchmarks.rerank import command
+
+    without_tf32()
+    command.measure_models(
+        arguments.only,
+        device,
+        rows_file,
+        short=arguments.short,
         command=command_of(arguments),
         tell=lambda title: print(f"measuring {title}", file=sys.stderr),
         refused=refused,

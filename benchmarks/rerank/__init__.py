@@ -1,0 +1,1 @@
+"""Two-stage retrieval, beside the loop that was published."""

@@ -1,0 +1,3 @@
+"""The models that re-rank; light to import."""
+
+NAMES = ("albef", "blip")

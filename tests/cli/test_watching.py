@@ -92,9 +92,7 @@ def test_what_it_says_is_what_the_attack_leaves(watched: Path) -> None:
     assert last["clean"] == recall_at_1(batch.images)
     assert last["robust"] == recall_at_1(attack(model, batch).images)
     assert last["score"] == pytest.approx((last["robust"]["tr"] + last["robust"]["ir"]) / 2)
-    assert last["metric"] == (
-        "mean of TR@1 and IR@1 of 9 images and their captions under pgd (eps 8/255 linf, 1 word)"
-    )
+    assert last["metric"] == ("mean of TR@1 and IR@1 of 9 images and their captions under pgd (eps 8/255 linf, 1 word)")
 
 
 def test_the_best_checkpoint_is_kept_and_found_again_after_a_stop(

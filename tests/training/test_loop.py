@@ -329,7 +329,7 @@ def test_a_skipped_step_leaves_batch_norm_as_it_was(tmp_path):
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_run_that_diverged_before_its_first_checkpoint_is_no_obstacle(tmp_path, resume):
     out = tmp_path / "a"
-    with pytest.raises(UserError, match="no checkpoint was saved yet, so .* may be used again as it is"):
+    with pytest.raises(UserError, match=r"no checkpoint was saved yet, so .* may be used again as it is"):
         train(tiny_clip(), NaNAt(1, 2, 3), Synthetic(), settings=settings(save_every=100), out=out, config={})
     with pytest.warns(UserWarning, match="ended before its first checkpoint; starting from the beginning"):
         _, report = run(out, resume=resume)

@@ -1,9 +1,9 @@
-"""Write a trained model for open_clip or transformers, or an adversarial set as 8-bit PNG files and a JSON list.
+"""Write a trained model for open_clip or transformers, or an adversarial set as 8-bit PNG files.
 
     fastmat export runs/mat --out hardened --results runs/eval
 
-The folder is loaded by the library that the model came from, unchanged, and holds a model card. The checkpoint is the
-most robust one where the run was validated, else the last.
+The folder is loaded by the library that the model came from, unchanged, and holds a model card.
+The checkpoint is the most robust one where the run was validated, else the last.
 
     fastmat export runs/sga --out runs/sga-png
 
@@ -11,7 +11,8 @@ The clean images are found again where the set was made of them; key=value names
 
     fastmat export runs/sga --out runs/sga-png data.images=/elsewhere/images
 
-Of a set, DIR/annotations.json with DIR as image folder is a `json` data set, for this program or any other.
+Of a set, DIR/annotations.json with DIR as image folder is a `json` data set, for this program or
+any other.
 DIR/manifest.json says how far rounding moved every image.
 """
 

@@ -1,9 +1,10 @@
-"""Draw DIR/report.html again: of an evaluation from its results.json and examples.json, of a training run from its log.
+"""Draw DIR/report.html again, of an evaluation or of a training run.
 
     fastmat report runs/eval
     fastmat report runs/mat
 
-A training run may still be going on.
+An evaluation is read from results.json and examples.json, a training run, also one that still goes
+on, from its log.
 """
 
 from __future__ import annotations

@@ -67,7 +67,11 @@ def test_resolved_config_is_plain_and_can_be_read_back(base: str) -> None:
         (["threat.eps=2/0"], "{file}: threat: eps: '2/0' is not a fraction"),
         (["threat.eps=-1/255"], "{file}: threat: eps must not be negative"),
         (["threat.norm=l1"], "{file}: threat: norm: input should be 'linf' or 'l2', got 'l1'"),
-        (["model=ViT-B-16"], "{file}: model: unknown name 'ViT-B-16'; known: hf_clip, open_clip, small, tiny"),
+        (
+            ["model=ViT-B-16"],
+            "{file}: model: unknown name 'ViT-B-16'; "
+            "known: albef, blip, hf_clip, open_clip, small, tiny, tiny_albef, tiny_blip",
+        ),
         (["data=[1]"], "{file}: data: expected a name or {{name: ..., argument: ...}}, got [1]"),
         (["limit=0"], "{file}: limit: input should be greater than 0, got 0"),
         (["steps"], "'steps' must read key=value, such as attack.steps=20; a config is named by --config"),

@@ -178,7 +178,7 @@ def test_both_official_layouts_equal_the_plain_model(tmp_path, vocabulary: str, 
     images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     tokens = model.tokenize(TEXTS)
     with torch.no_grad():
-        image, text, scale = model(images, tokens)
+        image, text, scale, _ = model(images, tokens)
         fused = model.fuse(image, text)
     assert scale.item() == pytest.approx(20)
     short = {key.replace("text_encoder.bert.", "text_encoder."): value for key, value in state.items()}

@@ -108,7 +108,7 @@ def test_equals_transformers_class(tmp_path, vocabulary: str, layout: str) -> No
     enc = ids.clone()
     enc[:, 0] = ENC
     with torch.no_grad():
-        image, text, _ = model(images, tokens)
+        image, text, *_ = model(images, tokens)
         want = theirs(input_ids=ids, attention_mask=mask, pixel_values=normalised, use_itm_head=False)
         torch.testing.assert_close(image.features @ text.features.T, want.itm_score, atol=2e-5, rtol=2e-5)
         torch.testing.assert_close(image.tokens, want.last_hidden_state, atol=2e-5, rtol=2e-5)

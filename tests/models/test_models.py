@@ -46,7 +46,7 @@ def test_open_clip_folder_gives_the_library_s_embeddings(open_clip_folder) -> No
     images = torch.rand(2, 3, 32, 32)
     normalised = (images - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.25]).view(3, 1, 1)
     with torch.no_grad():
-        image, text, scale = model(images, model.tokenize(TEXTS))
+        image, text, scale, _ = model(images, model.tokenize(TEXTS))
         torch.testing.assert_close(image.embeds, clip.encode_image(normalised), atol=1e-5, rtol=1e-4)
         padded = open_clip.get_tokenizer(f"local-dir:{open_clip_folder}")(TEXTS)
         torch.testing.assert_close(text.embeds, clip.encode_text(padded), atol=1e-5, rtol=1e-4)

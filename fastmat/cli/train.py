@@ -146,4 +146,5 @@ def train_model(config: TrainConfig, out: Path, *, resume: bool = False) -> Trai
 def leave(joined: bool) -> None:
     """End the process group unless it was there before; never on an error, which the others may not have met."""
     if torch.distributed.is_initialized() and not joined:
+        torch.distributed.barrier()  # gloo may abort where one process leaves while another still talks
         torch.distributed.destroy_process_group()

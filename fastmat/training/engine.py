@@ -61,7 +61,23 @@ class Engine(Protocol):
 
 
 def make_accelerator() -> Accelerator:
-    """As the launcher asks for it. fastmat does its own mixed precision; gloo connects processes without a GPU."""
+    """As the launcher asks for it. fastmat does its own mixed precision; gloo connects processes without a GPU.
+
+    Raises UserError where Accelerate refuses what the launcher asks for.
+    """
+    try:
+        return _accelerator()
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"accelerate refuses these settings of the launcher ({str(error).splitlines()[0]})") from error
+
+
+def _accelerator() -> Accelerator:
+    if asked_for("ACCELERATE_USE_FSDP"):
+        from fastmat.training.fsdp import check_version
+
+        check_version()  # Accelerate's own words on a version that it needs more for are no help
     if torch.cuda.is_available() or os.environ.get("WORLD_SIZE", "1") == "1":
         return Accelerator(mixed_precision="no")
     if asked_for("ACCELERATE_USE_DEEPSPEED"):

@@ -115,9 +115,13 @@ class FullySharded:
 
 def check_environment(settings: TrainSettings) -> None:
     """Raise UserError for what this engine cannot do."""
-    if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise UserError("of FSDP only the second version is supported: set fsdp_version to 2 in the accelerate config")
+    check_version()
     if os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
         raise UserError("FSDP's offloading of parameters is not supported; set fsdp_offload_params to false")
     if settings.compile:
         raise UserError("train.compile does not work with FSDP2; leave it off or use DDP")
+
+
+def check_version() -> None:
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError("of FSDP only the second version is supported: set fsdp_version to 2 in the accelerate config")

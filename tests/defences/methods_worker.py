@@ -75,6 +75,7 @@ def main() -> None:
         for state in (AcceleratorState, PartialState, GradientState):
             state._reset_state()
         run(name, out / engine / name, accelerator=make_accelerator())
+    dist.barrier()  # gloo may abort where one process leaves while another still talks
     dist.destroy_process_group()
 
 

@@ -37,6 +37,7 @@ def main() -> None:
             go_on(out / "handed-over", int(name.removeprefix("until")), accelerator=accelerator)
         else:
             run(name, out / f"{engine}-{accelerator.num_processes}" / name, accelerator=accelerator)
+    dist.barrier()  # gloo may abort where one process leaves while another still talks
     dist.destroy_process_group()
 
 

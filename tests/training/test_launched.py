@@ -35,6 +35,12 @@ def accelerate(engine: str, *more: str) -> tuple[str, ...]:
     return (*launch, str(Path(sys.executable).parent / "fastmat"))
 
 
+def deepspeed(engine: str) -> tuple[str, ...]:
+    file = ROOT / "configs" / "deepspeed" / f"{engine}.json"
+    launch = ("-m", "accelerate.commands.launch", "--use_deepspeed", "--deepspeed_config_file", str(file))
+    return (*launch, "--num_machines", "1", "--num_processes", "2", str(Path(sys.executable).parent / "fastmat"))
+
+
 def train(launcher: tuple[str, ...], out: Path, *settings: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *launcher, "train", "--out", str(out), *RUN, *settings]
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
@@ -85,8 +91,7 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3", "fsdp2", "zero3.json"])
 def test_shipped_files_start_their_engine_and_the_weights_are_those_of_one_process(tmp_path, alone, engine):
     name, _, json_file = engine.partition(".")
-    more = ("--deepspeed_config_file", str(ROOT / "configs" / "deepspeed" / f"{name}.json")) if json_file else ()
-    done = train(accelerate(name, *more), tmp_path / "run")
+    done = train(deepspeed(name) if json_file else accelerate(name), tmp_path / "run")
     assert done.returncode == 0, done.stderr[-3000:]
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000006" / "state.json").read_text())
     assert state["written_by"] == {"processes": 2, "engine": name}

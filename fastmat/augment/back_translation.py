@@ -4,11 +4,11 @@ results than beam search (Edunov et al., 2018)."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from fastmat.augment.huggingface import check_sampling, load_pretrained, named_model, sampled
+from fastmat.augment.huggingface import Sampling, load_pretrained, named_model, sampled
 from fastmat.augment.offline import Request
 
 
@@ -36,12 +36,7 @@ class BackTranslation:
         max_new_tokens: int = 64,
         device: str = "cpu",
     ) -> None:
-        check_sampling(top_p, temperature, max_new_tokens)
-        self.sampling: dict[str, Any] = {
-            "top_p": top_p,
-            "temperature": temperature,
-            "max_new_tokens": max_new_tokens,
-        }
+        self.sampling = Sampling(top_p=top_p, temperature=temperature, max_new_tokens=max_new_tokens)
         self.ways = [load_pretrained(("AutoModelForSeq2SeqLM", "AutoTokenizer"), path) for path in (there, back)]
         self.model = " ".join(
             named_model(path, model) for path, (model, _) in zip((there, back), self.ways, strict=True)
@@ -54,6 +49,6 @@ class BackTranslation:
         for model, tokenizer in self.ways:
             encoded = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
             inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
-            ids = sampled(model, inputs, seed=requests[0].seed, **self.sampling)
+            ids = sampled(model, inputs, self.sampling, seed=requests[0].seed)
             texts = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
         return list(texts)

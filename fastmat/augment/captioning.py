@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from fastmat.augment.huggingface import check_sampling, load_pretrained, named_model, sampled
+from fastmat.augment.huggingface import Sampling, load_pretrained, named_model, sampled
 from fastmat.augment.offline import Request
 
 
@@ -35,17 +35,12 @@ class Captioning:
         max_new_tokens: int = 30,
         device: str = "cpu",
     ) -> None:
-        check_sampling(top_p, temperature, max_new_tokens)
-        self.sampling: dict[str, Any] = {
-            "top_p": top_p,
-            "temperature": temperature,
-            "max_new_tokens": max_new_tokens,
-        }
+        self.sampling = Sampling(top_p=top_p, temperature=temperature, max_new_tokens=max_new_tokens)
         self.captioner, self.processor = load_pretrained(("AutoModelForImageTextToText", "AutoProcessor"), model)
         self.model = named_model(model, self.captioner)
         self.captioner.to(torch.device(device)).eval()
 
     def __call__(self, requests: Sequence[Request]) -> list[str | None]:
         encoded = self.processor(images=[request.load() for request in requests], return_tensors="pt")
-        ids = sampled(self.captioner, {"pixel_values": encoded["pixel_values"]}, seed=requests[0].seed, **self.sampling)
+        ids = sampled(self.captioner, {"pixel_values": encoded["pixel_values"]}, self.sampling, seed=requests[0].seed)
         return [text.strip() or None for text in self.processor.batch_decode(ids, skip_special_tokens=True)]

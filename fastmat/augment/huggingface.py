@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,31 +39,39 @@ def named_model(path: str, *modules: nn.Module) -> str:
     return " ".join([name, *(f"sha256:{weights_hash(module)[:16]}" for module in modules)])
 
 
-@torch.no_grad()
-def sampled(
-    model: Any, inputs: Mapping[str, Tensor], *, seed: int, top_p: float, temperature: float, max_new_tokens: int
-) -> Tensor:
-    """Token ids [N, L] by nucleus sampling (Holtzman et al., 2020), a function of the inputs and the seed alone.
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Of nucleus sampling (Holtzman et al., 2020). temperature 0: the likeliest token each time.
 
-    The global random streams are as before afterwards. temperature 0: the likeliest token each time.
+    Raises UserError for values out of range.
     """
-    chosen = {"do_sample": True, "top_p": top_p, "temperature": temperature, "top_k": 0}
+
+    top_p: float
+    temperature: float
+    max_new_tokens: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must lie above 0 and up to 1, got {self.top_p}")
+        if not self.temperature >= 0:
+            raise UserError(f"temperature must not be negative, got {self.temperature}")
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+
+
+@torch.no_grad()
+def sampled(model: Any, inputs: Mapping[str, Tensor], sampling: Sampling, *, seed: int) -> Tensor:
+    """Token ids [N, L], a function of the inputs and the seed alone.
+
+    The global random streams are as before afterwards.
+    """
+    chosen = {"do_sample": True, "top_p": sampling.top_p, "temperature": sampling.temperature, "top_k": 0}
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         return model.generate(
             **{name: value.to(model.device) for name, value in inputs.items()},
-            **(chosen if temperature > 0 else {"do_sample": False}),
+            **(chosen if sampling.temperature > 0 else {"do_sample": False}),
             num_beams=1,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=sampling.max_new_tokens,
         )
-
-
-def check_sampling(top_p: float, temperature: float, max_new_tokens: int) -> None:
-    """Raise UserError for values out of range."""
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p must lie above 0 and up to 1, got {top_p}")
-    if not temperature >= 0:
-        raise UserError(f"temperature must not be negative, got {temperature}")
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")

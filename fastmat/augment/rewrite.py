@@ -4,11 +4,11 @@ project's."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from fastmat.augment.huggingface import check_sampling, load_pretrained, named_model, sampled
+from fastmat.augment.huggingface import Sampling, load_pretrained, named_model, sampled
 from fastmat.augment.offline import Request
 from fastmat.errors import UserError
 
@@ -43,15 +43,10 @@ class Rewrite:
         max_new_tokens: int = 48,
         device: str = "cpu",
     ) -> None:
-        check_sampling(top_p, temperature, max_new_tokens)
+        self.sampling = Sampling(top_p=top_p, temperature=temperature, max_new_tokens=max_new_tokens)
         if "{caption}" not in prompt:
             raise UserError(f"prompt must hold {{caption}} where the caption shall stand, got {prompt!r}")
         self.prompt = prompt
-        self.sampling: dict[str, Any] = {
-            "top_p": top_p,
-            "temperature": temperature,
-            "max_new_tokens": max_new_tokens,
-        }
         self.lm, self.tokenizer = load_pretrained(("AutoModelForCausalLM", "AutoTokenizer"), model)
         self.model = named_model(model, self.lm)
         self.lm.to(torch.device(device)).eval()
@@ -64,7 +59,7 @@ class Rewrite:
         special = self.tokenizer.chat_template is None  # a template writes its own
         encoded = self.tokenizer(asked, padding=True, add_special_tokens=special, return_tensors="pt")
         inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
-        ids = sampled(self.lm, inputs, seed=requests[0].seed, **self.sampling)
+        ids = sampled(self.lm, inputs, self.sampling, seed=requests[0].seed)
         answers = self.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [first_line(answer) for answer in answers]
 

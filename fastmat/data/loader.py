@@ -120,13 +120,7 @@ class TrainingBatches:
         Decoded ahead of time by the workers, and no other process's images. Raises UserError at once where the batch
         cannot be divided.
         """
-        if self.batch_size % world:
-            raise UserError(
-                f"the batch of {self.batch_size} images cannot be divided among {world} processes; "
-                f"set batch_size to a multiple of {world}"
-            )
-        share = self.batch_size // world
-        own = slice(rank * share, (rank + 1) * share)
+        own = own_share(self.batch_size, rank=rank, world=world)
 
         def batches() -> Iterator[Batch]:
             decoded = _decode(self, lambda: (self._rows(step)[own] for step in range(start, stop)))
@@ -156,6 +150,17 @@ class TrainingBatches:
             drawn = rng.permutation(len(known))[: self.captions_per_image]
             captions.append(tuple(known[i] for i in drawn))
         return _assemble(self.dataset, rows[own], images, captions[own])
+
+
+def own_share(batch_size: int, *, rank: int, world: int) -> slice:
+    """The consecutive images of a batch that process `rank` out of `world` reads. Raises UserError for a remainder."""
+    if batch_size % world:
+        raise UserError(
+            f"the batch of {batch_size} images cannot be divided among {world} processes; "
+            f"set batch_size to a multiple of {world}"
+        )
+    share = batch_size // world
+    return slice(rank * share, (rank + 1) * share)
 
 
 def _check(batch_size: int, workers: int) -> None:
@@ -196,7 +201,7 @@ def _read(picture: Picture, workers: int, rows: Callable[[], Iterable[list[int]]
         batch_sampler=_Plan(rows),
         num_workers=workers,
         collate_fn=_stack,
-        worker_init_fn=_leave_interrupts_to_parent,
+        worker_init_fn=leave_interrupts_to_parent,
         generator=torch.Generator(),  # else every iteration takes a number from the global stream
     )
     for images in loader:
@@ -243,6 +248,6 @@ def _stack(pictures: list[Tensor | UserError]) -> Tensor | UserError:
     return errors[0] if errors else torch.stack(pictures)  # type: ignore[arg-type]
 
 
-def _leave_interrupts_to_parent(worker: int) -> None:
+def leave_interrupts_to_parent(worker: int) -> None:
     """Ctrl-C reaches every process of the terminal; the parent finishes its batch, so its workers must live on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastmat.data.captions import CaptionRule
 from fastmat.data.images import decode_image
-from fastmat.data.loader import _leave_interrupts_to_parent
+from fastmat.data.loader import leave_interrupts_to_parent, own_share
 from fastmat.data.shard_index import INDEX, SAMPLES, Shard, read_index, read_samples, texts_of
 from fastmat.errors import UserError
 from fastmat.types import Batch, ImageTransform
@@ -169,21 +169,16 @@ class ShardBatches:
         No other process's images are read; there may be more processes than shards. Raises UserError at once where
         the batch cannot be divided, and, when it is read, for a sample that differs from its checksum.
         """
-        if self.batch_size % world:
-            raise UserError(
-                f"the batch of {self.batch_size} images cannot be divided among {world} processes; "
-                f"set batch_size to a multiple of {world}"
-            )
-        return self._loaded(range(start, stop), rank=rank, world=world)
+        return self._loaded(range(start, stop), own_share(self.batch_size, rank=rank, world=world))
 
-    def _loaded(self, steps: range, *, rank: int, world: int) -> Iterator[Batch]:
+    def _loaded(self, steps: range, own: slice) -> Iterator[Batch]:
         loader = DataLoader(
-            _Shares(self, rank, world),
+            _Shares(self, own),
             batch_size=None,  # an item is a batch already
             sampler=steps,
             num_workers=self.workers,
             collate_fn=_as_it_is,  # type: ignore[arg-type]  # of one item, not of a list
-            worker_init_fn=_leave_interrupts_to_parent,
+            worker_init_fn=leave_interrupts_to_parent,
             generator=torch.Generator(),  # else every iteration takes a number from the global stream
         )
         for batch in loader:
@@ -192,12 +187,11 @@ class ShardBatches:
                 raise batch
             yield batch.replace(images=batch.images.float().div_(255))
 
-    def read(self, step: int, *, rank: int, world: int) -> Batch:
-        """A share of a step, with images in uint8: a quarter of the traffic between processes."""
+    def read(self, step: int, own: slice) -> Batch:
+        """The images `own` of a step, in uint8: a quarter of the traffic between processes."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        share = self.batch_size // world
-        start = place * self.batch_size + rank * share
-        rows = self.shuffle.samples(epoch, start, start + share).tolist()
+        start = place * self.batch_size
+        rows = self.shuffle.samples(epoch, start + own.start, start + own.stop).tolist()
         images, captions, groups = zip(*(self._sample(row, epoch) for row in rows), strict=True)
         return Batch(
             images=torch.stack(images),
@@ -233,14 +227,13 @@ class ShardBatches:
 class _Shares(Dataset[Batch | UserError]):
     """Step to this process's share of its batch."""
 
-    def __init__(self, batches: ShardBatches, rank: int, world: int) -> None:
+    def __init__(self, batches: ShardBatches, own: slice) -> None:
         self.batches = batches
-        self.rank = rank
-        self.world = world
+        self.own = own
 
     def __getitem__(self, step: int) -> Batch | UserError:
         try:
-            return self.batches.read(step, rank=self.rank, world=self.world)
+            return self.batches.read(step, self.own)
         except UserError as error:
             return error
 

@@ -19,7 +19,7 @@ from fastmat.defences.base import Features, Views
 from fastmat.defences.classes import Against, Contrast, Prompts
 from fastmat.defences.inner import attacking
 from fastmat.defences.phases import text_attack
-from fastmat.defences.terms import contrastive_between
+from fastmat.defences.terms import check_weights, contrastive_between
 from fastmat.errors import UserError
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.quirks import Quirks
@@ -52,9 +52,7 @@ class MMCoA:
         trains: tuple[str, ...] = ("image", "text"),
         quirks: Quirks | None = None,
     ) -> None:
-        for name, weight in (("image_weight", image_weight), ("text_weight", text_weight)):
-            if not weight >= 0:
-                raise UserError(f"{name} must not be negative, got {weight}")
+        check_weights({"image_weight": image_weight, "text_weight": text_weight})
         self.quirks = quirks or Quirks()
         self.contrast = Contrast(against, prompts, text_trains="text" in trains)
         self.image_attack = PGD(

@@ -22,7 +22,7 @@ from fastmat.defences.base import Features, Views
 from fastmat.defences.classes import Against, Contrast, Prompts
 from fastmat.defences.inner import attacking
 from fastmat.defences.teacher import Teacher
-from fastmat.errors import UserError
+from fastmat.defences.terms import check_weights
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.quirks import Quirks
 from fastmat.types import Batch, ThreatModel
@@ -53,9 +53,7 @@ class PMGAFT:
         trains: tuple[str, ...] = ("image",),
         quirks: Quirks | None = None,
     ) -> None:
-        for name, weight in (("teacher_weight", teacher_weight), ("clean_weight", clean_weight)):
-            if not weight >= 0:
-                raise UserError(f"{name} must not be negative, got {weight}")
+        check_weights({"teacher_weight": teacher_weight, "clean_weight": clean_weight})
         self.quirks = quirks or Quirks()
         self.contrast = Contrast(against, prompts, text_trains="text" in trains)
         self.teacher = Teacher(teacher)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 from torch import Tensor
 
 from fastmat.defences.base import Features
+from fastmat.errors import UserError
 from fastmat.ops import contrastive_loss, contrastive_rows
 from fastmat.types import AttackContext
 
@@ -88,3 +89,10 @@ def mean_over_texts(features: Features, values: Tensor) -> Tensor:
     every = features.everyone()
     processes = len(every.group) // len(features.group)
     return values.sum() * (processes / len(every.text_group))
+
+
+def check_weights(weights: Mapping[str, float]) -> None:
+    """Raise UserError for a weight, by the argument's name, that is negative or no number."""
+    for name, weight in weights.items():
+        if not weight >= 0:
+            raise UserError(f"{name} must not be negative, got {weight}")

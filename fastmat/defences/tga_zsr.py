@@ -26,6 +26,7 @@ from fastmat.defences.base import Features, Views
 from fastmat.defences.classes import Against, Contrast, Prompts
 from fastmat.defences.inner import attacking
 from fastmat.defences.teacher import Teacher
+from fastmat.defences.terms import check_weights
 from fastmat.errors import UserError
 from fastmat.models.protocol import ImageState, VisionLanguageModel
 from fastmat.types import Batch, ThreatModel
@@ -55,9 +56,7 @@ class TGAZSR:
         constraint_weight: float = 0.05,
         trains: tuple[str, ...] = ("image",),
     ) -> None:
-        for name, weight in (("refinement_weight", refinement_weight), ("constraint_weight", constraint_weight)):
-            if not weight >= 0:
-                raise UserError(f"{name} must not be negative, got {weight}")
+        check_weights({"refinement_weight": refinement_weight, "constraint_weight": constraint_weight})
         self.contrast = Contrast(against, prompts, text_trains="text" in trains)
         self.teacher = Teacher(teacher)
         self.attack = PGD(

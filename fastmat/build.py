@@ -33,6 +33,7 @@ from fastmat.types import ImageTransform, ThreatModel
 
 if typing.TYPE_CHECKING:
     from fastmat.augment.augmentation import Augment
+    from fastmat.defences.teacher_cache import TeacherCache
     from fastmat.text.candidate_cache import CandidateCache
     from fastmat.text.mlm import MaskedLanguageModel
 
@@ -128,7 +129,7 @@ SEAMS: dict[type, Mapping[str, str]] = {
 }
 Given = Mapping[str, Callable[[], object]]
 # Made from other sections, so no argument of a component: `max_words` stands in `threat`, with the rest of the budget.
-RESERVED = frozenset({"threat", "max_words", "mlm", "candidate_cache", "teacher", "prompts", "quirks"})
+RESERVED = frozenset({"threat", "max_words", "mlm", "candidate_cache", "teacher", "teacher_cache", "prompts", "quirks"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -364,16 +365,24 @@ def build_defence(
     seed: int,
     candidate_cache: CandidateCache | Path | None = None,
     prompts: Callable[[], object] = lambda: None,
+    teacher_cache: TeacherCache | None = None,
     where: str = "defence",
 ) -> Defence:
     """A defence; teacher: the model before training, of which a defence that needs one keeps a frozen copy.
 
+    teacher_cache: that copy's embeddings of clean images; a defence that reads none refuses it.
     prompts: makes the prompts of every class (`fastmat.data.labelled.class_prompts`), None where there are no labels.
     """
     arguments, quirks = split_quirks(component.arguments, where=where)
     parts = given_of(threat=threat, mlm=mlm, quirks=quirks, seed=seed, candidate_cache=candidate_cache)
-    given = {"teacher": lambda: teacher, "prompts": prompts, **parts}
-    return typing.cast("Defence", construct(locate(DEFENCES[component.name]), arguments, where=where, given=given))
+    given = {"teacher": lambda: teacher, "prompts": prompts, "teacher_cache": lambda: teacher_cache, **parts}
+    factory = locate(DEFENCES[component.name])
+    if teacher_cache is not None and "teacher_cache" not in inspect.signature(factory).parameters:
+        raise at(
+            where,
+            f"{component.name} compares nothing with a teacher's embeddings of clean images; leave out teacher_cache",
+        )
+    return typing.cast("Defence", construct(factory, arguments, where=where, given=given))
 
 
 def build_matching(

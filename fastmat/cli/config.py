@@ -118,6 +118,10 @@ Teacher = Annotated[
     OneOf("models", MODELS, optional=True),
     Field(description="the frozen original that defences such as fare keep to; null: the model before training"),
 ]
+TeacherFolder = Annotated[
+    Path | None,
+    Field(description="folder for what the teacher makes of the training images: computed once, read after that"),
+]
 Adapters = Annotated[
     dict[str, Any] | None,
     Fields("fastmat.models.adapters:AdapterSettings", optional=True),
@@ -188,6 +192,7 @@ class TrainConfig(Section):
     threat: Threat = {}
     defence: DefenceChoice = Field(description="the defence")
     teacher: Teacher = None
+    teacher_cache: TeacherFolder = None
     matching: Matching = None
     adapters: Adapters = None
     train: Settings = Field(description="steps, optimiser, precision, checkpoints; its seed is the run's by default")

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 from fastmat.build import (
     build_augmentation,
@@ -32,12 +33,16 @@ from fastmat.cli.processes import is_first_process
 from fastmat.cli.watching import watching
 from fastmat.data.labelled import class_prompts
 from fastmat.data.retrieval import RetrievalSet
+from fastmat.data.shards import ShardSet
+from fastmat.defences.teacher_cache import TeacherCache
+from fastmat.errors import UserError
 from fastmat.models.adapters import AdapterSettings, add_adapters, merge_file
 from fastmat.training import interrupt
 from fastmat.training.engine import make_accelerator
 from fastmat.training.loop import TrainReport, never_saved, train
-from fastmat.training.peers import PeerLost, noticing_loss
+from fastmat.training.peers import PeerLost, Peers, noticing_loss
 from fastmat.training.settings import TrainSettings
+from fastmat.types import ImageTransform
 
 # Keys that decide nothing about the weights.
 OUTSIDE = ("workers", "candidate_cache", "validation", "tracker")
@@ -85,6 +90,7 @@ def train_model(config: TrainConfig, out: Path, *, resume: bool = False) -> Trai
         seed=config.seed,
         candidate_cache=cache,
         prompts=lambda: class_prompts(dataset) if isinstance(dataset, RetrievalSet) else None,
+        teacher_cache=open_teacher_cache(config, dataset, model.image_transform, accelerator),
     )
     adapters = None if config.adapters is None else construct(AdapterSettings, config.adapters, where="adapters")
     if adapters is not None:
@@ -101,6 +107,7 @@ def train_model(config: TrainConfig, out: Path, *, resume: bool = False) -> Trai
     )
     augment = build_augmentation(config.augment, dataset)
     told = {key: value for key, value in plain(config).items() if key not in ("train", *OUTSIDE)}
+    told["teacher_cache"] = config.teacher_cache is not None  # wherever it lies, it decides the last bits
     told |= {"data_fingerprint": dataset.fingerprint(), "mlm_sha256": mlm.sha256}
     look_on = watching(
         config,
@@ -141,6 +148,20 @@ def train_model(config: TrainConfig, out: Path, *, resume: bool = False) -> Trai
     if cache and is_first_process():
         tell_candidates([(cache.hits, cache.misses)])
     return report
+
+
+def open_teacher_cache(
+    config: TrainConfig, dataset: RetrievalSet | ShardSet, transform: ImageTransform, accelerator: Accelerator
+) -> TeacherCache | None:
+    """What the teacher makes of the clean images, where a folder is given. Raises UserError where those change."""
+    if config.teacher_cache is None:
+        return None
+    if not isinstance(dataset, RetrievalSet):
+        raise UserError("teacher_cache is for a whole set, not for shards: leave it out")
+    if config.augment.get("views"):
+        raise UserError("teacher_cache needs the same images at every epoch: leave it out, or set augment.views to 0")
+    peers = Peers(rank=accelerator.process_index, world=accelerator.num_processes, device=accelerator.device)
+    return TeacherCache(config.teacher_cache, dataset, transform, agreed=peers.agreed, workers=config.workers)
 
 
 def leave(joined: bool) -> None:

@@ -15,6 +15,7 @@ from fastmat.attacks.search import ascend, check_steps, random_start
 from fastmat.defences.base import Features, Views
 from fastmat.defences.inner import attacking
 from fastmat.defences.teacher import Teacher
+from fastmat.defences.teacher_cache import TeacherCache
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.types import Batch, ThreatModel
 
@@ -23,6 +24,7 @@ class FARE:
     """teacher: the original model; a frozen copy is taken here, so hand it in before training changes it.
 
     steps, step_size: the inner PGD; step_size in pixel units, None: eps/4 (1/255 at the published eps of 4/255).
+    teacher_cache: the original's embeddings of the training images, where those are the same at every epoch.
     Raises UserError without a step, with a negative step size, and in `perturb` for a teacher of another width.
     """
 
@@ -35,15 +37,16 @@ class FARE:
         teacher: VisionLanguageModel,
         steps: int = 10,
         step_size: float | None = None,
+        teacher_cache: TeacherCache | None = None,
     ) -> None:
         check_steps(steps, step_size)
         self.threat = threat
-        self.teacher = Teacher(teacher)
+        self.teacher = Teacher(teacher, teacher_cache)
         self.steps = steps
         self.step_size = threat.eps / 4 if step_size is None else step_size
 
     def perturb(self, model: VisionLanguageModel, batch: Batch, draws: Draws) -> Views:
-        target = self.teacher.images(batch.images).embeds
+        target = self.teacher.clean_embeds(batch)
         value = squared_l2_from(target)
         with attacking(model):
             self.teacher.check(model)

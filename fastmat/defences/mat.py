@@ -28,6 +28,7 @@ from fastmat.defences.base import Features, Views
 from fastmat.defences.embedding_space import EmbeddingSpace
 from fastmat.defences.inner import Captions, TextAttack, TextSearch, attacking, unit_captions, unit_images
 from fastmat.defences.teacher import Teacher
+from fastmat.defences.teacher_cache import TeacherCache
 from fastmat.defences.terms import mean_over_texts, of_everyone, pair_terms
 from fastmat.errors import UserError, nearest
 from fastmat.models.protocol import VisionLanguageModel
@@ -48,7 +49,7 @@ class MAT:
     pairs: weight of each image-text pair in the outer loss; zero or absent: not encoded.
     distances: weight of each squared distance between embeddings, un-normalised and summed over dimensions as FARE's:
         image-adv-teacher is FARE's term, image-adv-clean TRADES' idea; the teacher is the model before training.
-    trains: which towers, ("image", "text") or one of them.
+    trains: which towers, ("image", "text") or one of them. teacher_cache: as in `FARE`.
     Raises UserError for an unknown order, pair or distance, a weight that is negative or not finite, no positive
     weight, and an image objective that reads words where the text attack makes none.
     """
@@ -67,6 +68,7 @@ class MAT:
         pairs: Mapping[str, float] | None = None,
         distances: Mapping[str, float] | None = None,
         trains: tuple[str, ...] = ("image", "text"),
+        teacher_cache: TeacherCache | None = None,
     ) -> None:
         if order not in get_args(Order):
             raise UserError(f"MAT has no order {order!r}{nearest(order, get_args(Order))}")
@@ -93,7 +95,9 @@ class MAT:
         self._to_teacher = {name.split("-")[0] for name in self.distances if name.endswith("-teacher")}
         if self._to_teacher and teacher is None:
             raise UserError("a distance to the teacher needs a teacher, the original model")
-        self.teacher = Teacher(teacher) if self._to_teacher and teacher is not None else None
+        if teacher_cache is not None and "image" not in self._to_teacher:
+            raise UserError("teacher_cache is for distances of images to the teacher, and this MAT has none")
+        self.teacher = Teacher(teacher, teacher_cache) if self._to_teacher and teacher is not None else None
 
     def perturb(self, model: VisionLanguageModel, batch: Batch, draws: Draws) -> Views:
         targets: dict[str, Tensor] = {}
@@ -101,7 +105,7 @@ class MAT:
             if self.teacher is not None:
                 self.teacher.check(model)
                 if "image" in self._to_teacher:
-                    targets["image"] = self.teacher.images(batch.images).embeds
+                    targets["image"] = self.teacher.clean_embeds(batch)
                 if "text" in self._to_teacher:
                     targets["text"] = self.teacher.texts(batch).embeds
             images, captions = self._attack(model, batch, draws)

@@ -8,18 +8,33 @@ import weakref
 import torch
 from torch import Tensor, nn
 
+from fastmat.defences.teacher_cache import TeacherCache
 from fastmat.errors import UserError
 from fastmat.models.protocol import ImageState, TextState, VisionLanguageModel
 from fastmat.types import Batch
 
 
 class Teacher:
-    """`original` is copied here, so hand it in before training changes it. Encodes without gradients."""
+    """`original` is copied here, so hand it in before training changes it. Encodes without gradients.
 
-    def __init__(self, original: VisionLanguageModel) -> None:
+    cache: knows what it makes of the clean images; without one they are encoded at every step.
+    """
+
+    def __init__(self, original: VisionLanguageModel, cache: TeacherCache | None = None) -> None:
         assert isinstance(original, nn.Module)
         self.model = copy.deepcopy(original).eval().requires_grad_(False)
+        self._cache = cache
+        self._known: Tensor | None = None
         self._fits: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    @torch.no_grad()
+    def clean_embeds(self, batch: Batch) -> Tensor:
+        """[B, E] un-normalised embeddings of the images of `batch`, whom no attack has touched."""
+        if self._cache is None:
+            return self.images(batch.images).embeds
+        if self._known is None:
+            self._known = self._cache.embeds(self.model.to(batch.images.device))
+        return self._known[batch.index]
 
     @torch.no_grad()
     def images(self, images: Tensor) -> ImageState:

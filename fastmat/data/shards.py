@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -210,9 +209,9 @@ class ShardBatches:
         entry = _table(dataset.folder / SAMPLES, dataset.samples_sha256)[row]
         picture_at, picture_bytes, text_at, text_bytes, is_json, crc32, group = entry.item()
         try:
-            file = _opened(path).fileno()
-            picture = os.pread(file, picture_bytes, picture_at)
-            text = os.pread(file, text_bytes, text_at)
+            file = _opened(path)
+            picture = os.pread(file.number, picture_bytes, picture_at)
+            text = os.pread(file.number, text_bytes, text_at)
         except OSError as error:
             raise UserError(f"{name}: cannot be read ({error.strerror})") from None
         if zlib.crc32(text, zlib.crc32(picture)) != crc32:
@@ -245,6 +244,15 @@ def _as_it_is(batch: Batch | UserError) -> Batch | UserError:
 _table = lru_cache(maxsize=4)(read_samples)
 
 
-@lru_cache(maxsize=OPEN_FILES)
-def _opened(path: Path) -> BinaryIO:
-    return path.open("rb")
+class _OpenFile:
+    """Closed with the last reference: the one that `_opened` keeps, or that of a read under way."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+_opened = lru_cache(maxsize=OPEN_FILES)(_OpenFile)

@@ -34,6 +34,7 @@ from fastmat.types import ImageTransform, ThreatModel
 if typing.TYPE_CHECKING:
     from fastmat.augment.augmentation import Augment
     from fastmat.defences.teacher_cache import TeacherCache
+    from fastmat.tasks.base import Task
     from fastmat.text.candidate_cache import CandidateCache
     from fastmat.text.mlm import MaskedLanguageModel
 
@@ -47,6 +48,9 @@ MODELS = {
     "blip": "fastmat.models.blip:load_blip",
     "tiny_albef": "fastmat.models.tiny_fusion:tiny_albef",
     "tiny_blip": "fastmat.models.tiny_fusion:tiny_blip",
+    "albef_ve": "fastmat.models.albef_ve:load_albef_ve",
+    "blip_captioner": "fastmat.models.blip_captioner:load_blip_captioner",
+    "tiny_albef_ve": "fastmat.models.tiny_fusion:tiny_albef_ve",
 }
 ATTACKS = {
     "pgd": "fastmat.attacks.pgd:PGD",
@@ -75,6 +79,8 @@ OBJECTIVES = {
     "target": "fastmat.attacks.target:Target",
     "rivals": "fastmat.attacks.rivals:Rivals",
     "squared_l2": "fastmat.attacks.objectives:SquaredL2FromClean",
+    "kl_entailment": "fastmat.attacks.entailment:KLEntailment",
+    "caption_loss": "fastmat.attacks.caption_loss:CaptionLoss",
 }
 DEFENCES = {
     "finetune": "fastmat.defences.finetune:FineTune",
@@ -111,6 +117,11 @@ DATASETS = {
     "digits": "fastmat.data.digits:digits_set",
     "image_folder": "fastmat.data.labelled:image_folder",
     "labelled_digits": "fastmat.data.labelled:labelled_digits",
+}
+TASKS = {
+    "grounding": "fastmat.tasks.grounding:Grounding",
+    "captioning": "fastmat.tasks.captioning:Captioning",
+    "entailment": "fastmat.tasks.entailment:Entailment",
 }
 # Streamed, for sets that do not fit in memory: training reads them too, nothing else does.
 TRAINING_SETS = {**DATASETS, "shards": "fastmat.data.shards:open_shards"}
@@ -441,6 +452,11 @@ def split_quirks(
 def build_data(component: Component, *, limit: int | None = None, where: str = "data") -> RetrievalSet:
     """A retrieval set, its first `limit` images."""
     return typing.cast("RetrievalSet", _first(build(DATASETS, component, where=where), limit))
+
+
+def build_task(component: Component, *, where: str = "task") -> Task:
+    """A task with its data."""
+    return typing.cast("Task", build(TASKS, component, where=where))
 
 
 def build_training_data(

@@ -18,6 +18,7 @@ ORDER = (
     ("attacks",),
     ("defences", "augment"),
     ("training", "evaluation"),
+    ("tasks",),
     ("report",),
     ("build",),
     ("benchmarks",),
@@ -30,10 +31,10 @@ NARROW = {
     "kernels": set(),
     "data": set(),
     "text": {"models.protocol"},
-    "report": {"evaluation.results", "augment.results", "training.results"},
+    "report": {"evaluation.results", "augment.results", "training.results", "tasks.results"},
 }
 # These see models through the protocol and through files of weights, never a concrete class.
-WITHOUT_CONCRETE_MODELS = ("attacks", "defences", "augment", "training", "evaluation")
+WITHOUT_CONCRETE_MODELS = ("attacks", "defences", "augment", "training", "evaluation", "tasks")
 ABSTRACT_MODELS = {"models.protocol", "models.sharding", "models.weights"}
 TOPS = ("fastmat", "kernels", "configs", "benchmarks")
 FILES = sorted(file for top in TOPS for file in ROOT.glob(f"{top}/**/*.py"))

@@ -28,7 +28,7 @@ from fastmat.evaluation.evaluate import Attacked, Measured, attacked_ranks, clea
 from fastmat.evaluation.manifest import Manifest, config_fingerprint
 from fastmat.evaluation.metrics import Ranks, worst_case
 from fastmat.evaluation.rerank import Rerank
-from fastmat.evaluation.results import Row, Setting, Threat, read_json
+from fastmat.evaluation.results import Results, Row, Setting, Threat, read_json
 from fastmat.evaluation.subset import attacked_subset_ranks
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.types import Batch
@@ -51,7 +51,7 @@ class Cells:
     ensembles: Ensembles
     sets: Sequence[AdversarialSet]
     out: Path
-    rows: Rows
+    rows: Rows[Results]
     showcase: Showcase
     processes: Processes
     stop_asked: Callable[[], bool]

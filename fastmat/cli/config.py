@@ -20,6 +20,7 @@ from fastmat.build import (
     DEFENCES,
     GENERATORS,
     MODELS,
+    TASKS,
     TRAINING_SETS,
     Component,
     construct,
@@ -270,6 +271,42 @@ class EvalConfig(Section):
             if label not in self.attacks:
                 raise UserError(f"subset: '{label}' is no label of attacks{nearest(label, self.attacks)}")
         return self
+
+
+class TaskVictim(Section):
+    """A model to judge on a task."""
+
+    model: Model = Field(description="the model")
+    defence: Label = Field("none", description="how it was hardened, as the table shall say")
+
+
+class TaskConfig(Section):
+    """`fastmat task`."""
+
+    task: Annotated[Component, OneOf("tasks", TASKS)] = Field(description="the task, with its data")
+    victims: dict[Label, TaskVictim] = Field(min_length=1, description="models to judge, one by one, by label")
+    surrogates: dict[Label, Model] = Field(
+        {}, description="whose gradients are used, by label; none: each victim is attacked through its own"
+    )
+    mlm: Mlm = None
+    threat: Threat = {}
+    attacks: dict[Label, AttackChoice] = Field({}, description="attacks to run, by label")
+    eps: tuple[Number, ...] = Field((), description="more radii for attacks on images")
+    keep_sets: bool = Field(False, description="keep the adversarial sets under sets/ when they have been judged")
+    engine: EngineSettings = {}
+    seed: Seed = 0
+    device: Device = "auto"
+    batch_size: EvalBatch = 32
+    workers: Workers = 0
+    image_cache: ImageCache = None
+    candidate_cache: CandidateFolder = None
+    limit: Annotated[
+        int | None, Field(gt=0, description="use the first N rows only: pairs, or a captioner's images")
+    ] = None
+    fit_data: FitData = None
+    fit_limit: FitLimit = None
+    examples: Annotated[int, Field(ge=0, description="rows in the report's gallery")] = 4
+    resamples: int = Field(1000, gt=0, description="bootstrap resamples behind the 95 % intervals")
 
 
 class CandidatesConfig(Section):

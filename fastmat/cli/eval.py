@@ -84,7 +84,8 @@ def evaluate_models(config: EvalConfig, out: Path, *, resume: bool = False) -> R
         sets = [AdversarialSet(folder, data=dataset.fingerprint()) for folder in config.sets]
         resolved = {key: value for key, value in plain(config).items() if key not in SPEED_KEYS}
         resolved["mlm_sha256"] = mlm.sha256
-        rows = Rows(out, config=resolved, environment=environment(device), resume=resume)
+        empty = Results(rows=[], config=resolved, environment=environment(device))
+        rows = Rows(out, empty=empty, resume=resume)
         shown = [label for label, (cell, *_) in plan.cells.items() if len(cell.rows) == dataset.n_images]
         shown += [stored.manifest.attack for stored in sets]
         showcase = Showcase(

@@ -13,7 +13,7 @@ from fastmat.attacks.base import Attack
 from fastmat.attacks.engine import Engine, executing
 from fastmat.build import build_data
 from fastmat.cli.common import Interrupted
-from fastmat.cli.config import AttackConfig, EvalConfig
+from fastmat.cli.config import AttackConfig, EvalConfig, TaskConfig
 from fastmat.cli.together import Processes
 from fastmat.data.loader import EvaluationBatches, evaluation_batches
 from fastmat.data.retrieval import RetrievalSet
@@ -54,7 +54,9 @@ class FitSet:
         )
 
 
-def fit_set(config: AttackConfig | EvalConfig, judged: RetrievalSet, *, needed_by: str | None) -> FitSet | None:
+def fit_set(
+    config: AttackConfig | EvalConfig | TaskConfig, judged: RetrievalSet, *, needed_by: str | None
+) -> FitSet | None:
     """The data of `fit_data`, None where no attack needs it. needed_by: where in the config the first one stands.
 
     Raises UserError when it is missing, or is the data that is judged. Images with the same ids are a warning.

@@ -25,6 +25,7 @@ COMMANDS = {
     "augment": "write an augmented set, with more captions or images, or measure one",
     "train": "harden a model, or fine-tune it",
     "eval": "rank images and captions, clean and attacked; write results.json and report.html",
+    "task": "judge grounding, captioning or entailment, clean and attacked",
     "export": "write a model for open_clip or transformers, or an adversarial set as PNG files",
     "report": "draw report.html again from a results folder",
     "bench": "measure operators and attacks beside what others do; rows, plots, targets",

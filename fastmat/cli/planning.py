@@ -10,7 +10,7 @@ from fastmat.attacks.base import Attack
 from fastmat.attacks.engine import Engine
 from fastmat.build import build_data, build_threat
 from fastmat.cli.common import MlmLoader
-from fastmat.cli.config import EvalConfig
+from fastmat.cli.config import EvalConfig, TaskConfig
 from fastmat.cli.ensembles import Variant, split
 from fastmat.cli.fitting import FitSet, fit_set
 from fastmat.cli.making import attack_with_hash, inputs_of
@@ -101,7 +101,7 @@ def plan_cells(config: EvalConfig, *, mlm: MlmLoader, engine: Engine, cache: Can
     )
 
 
-def radii(config: EvalConfig) -> list[ThreatModel]:
+def radii(config: EvalConfig | TaskConfig) -> list[ThreatModel]:
     """The threat model of `threat`, then the others of `eps`."""
     threat = build_threat(config.threat)
     more = [build_threat({**config.threat, "eps": eps}, where="eps") for eps in config.eps]

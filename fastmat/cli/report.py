@@ -1,4 +1,4 @@
-"""Draw DIR/report.html again, of an evaluation or of a training run.
+"""Draw DIR/report.html again, of an evaluation, a task or a training run.
 
     fastmat report runs/eval
     fastmat report runs/mat
@@ -16,20 +16,25 @@ from fastmat.cli.parser import Parser
 from fastmat.cli.watching import told_to
 from fastmat.errors import UserError
 from fastmat.report.html import write_report
+from fastmat.report.tasks import is_task_results, write_task_report
 from fastmat.report.training import write_training_report
 
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument(
-        "folder", metavar="DIR", type=Path, help="folder that `fastmat eval`, `quickstart` or `train` wrote"
+        "folder", metavar="DIR", type=Path, help="folder that `fastmat eval`, `task`, `quickstart` or `train` wrote"
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
     if not arguments.folder.is_dir():
-        raise UserError(f"{arguments.folder} is no folder; name one that `fastmat eval`, `quickstart` or `train` wrote")
+        raise UserError(
+            f"{arguments.folder} is no folder; name one that `fastmat eval`, `task`, `quickstart` or `train` wrote"
+        )
     trained = not (arguments.folder / "results.json").exists() and (arguments.folder / "log.jsonl").exists()
     if trained:
         print(write_training_report(arguments.folder, about=told_to(arguments.folder)))
+    elif is_task_results(arguments.folder):
+        print(write_task_report(arguments.folder))
     else:
         print(write_report(arguments.folder))

@@ -241,6 +241,30 @@ class FusionModel(VisionLanguageModel, Protocol):
         ...
 
 
+@runtime_checkable
+class EntailmentModel(FusionModel, Protocol):
+    """A fusion model that was fine-tuned for visual entailment.
+
+    entailment_head: the first fused token [P, D] to logits [P, 3] of contradiction, neutral, entailment.
+    """
+
+    entailment_head: nn.Module
+
+
+@runtime_checkable
+class CaptioningModel(VisionLanguageModel, Protocol):
+    """A model that writes captions. `tokenize` gives them as its decoder reads them, behind its prompt; a text alone it
+    does not encode: `encode_text` raises UserError."""
+
+    def generate(self, images: Tensor) -> list[str]:
+        """A caption for each of [B, 3, H, W], without gradients."""
+        ...
+
+    def caption_losses(self, image: ImageState, tokens: TextTokens, owner: Tensor) -> Tensor:
+        """[T]: cross-entropy per token of captions [T, L] given image row owner [T], the prompt not counted."""
+        ...
+
+
 # Not isinstance: from Python 3.12 on it sees no attribute that a module keeps among its submodules.
 def has_prefixes(model: VisionLanguageModel) -> TypeGuard[PrefixModel]:
     return hasattr(model, "text_prefixes")
@@ -252,3 +276,11 @@ def has_embeddings(model: VisionLanguageModel) -> TypeGuard[EmbeddingModel]:
 
 def fuses(model: VisionLanguageModel) -> TypeGuard[FusionModel]:
     return hasattr(model, "fuse")
+
+
+def entails(model: VisionLanguageModel) -> TypeGuard[EntailmentModel]:
+    return hasattr(model, "entailment_head")
+
+
+def captions_images(model: VisionLanguageModel) -> TypeGuard[CaptioningModel]:
+    return hasattr(model, "caption_losses")

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from fastmat.models.albef import Albef
+from fastmat.models.albef_ve import albef_ve
 from fastmat.models.blip import Blip
 from fastmat.models.fusion_checkpoint import FusionSizes
 from fastmat.models.tokenizers import HashTokenizer
@@ -42,3 +43,10 @@ def tiny_blip(*, image_size: int = 32, seed: int = 0) -> Blip:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Blip(sizes=sizes, tokenizer=TOKENIZER, context_length=32)
+
+
+def tiny_albef_ve(*, image_size: int = 32, seed: int = 0) -> Albef:
+    """As `tiny_albef`, with a head for visual entailment in place of the others."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return albef_ve(sizes=replace(SIZES, image_size=image_size), tokenizer=TOKENIZER, context_length=32)

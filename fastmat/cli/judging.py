@@ -1,0 +1,282 @@
+"""The rows of a task's evaluation, made and judged: each attack once on each surrogate, its outcome by every victim."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastmat.attacks.engine import Engine
+from fastmat.build import Component, build_model
+from fastmat.cli.album import Album
+from fastmat.cli.common import MlmLoader
+from fastmat.cli.config import TaskConfig, TaskVictim
+from fastmat.cli.encoded import Encoded
+from fastmat.cli.ensembles import Ensemble, Variant
+from fastmat.cli.fitting import FitSet, fit_set
+from fastmat.cli.load import plain
+from fastmat.cli.making import attack_with_hash, files_of, inputs_of, make_set, plan_set
+from fastmat.cli.planning import radii
+from fastmat.cli.rows import Rows
+from fastmat.cli.together import Processes
+from fastmat.data.loader import evaluation_batches
+from fastmat.data.retrieval import RetrievalSet
+from fastmat.errors import UserError
+from fastmat.evaluation.adversarial_set import AdversarialSet
+from fastmat.evaluation.manifest import config_fingerprint
+from fastmat.evaluation.results import Setting, Threat
+from fastmat.tasks.base import Judged, Task
+from fastmat.tasks.evaluate import Seen, judge_attacked, task_row
+from fastmat.tasks.results import TaskResults, TaskRow
+from fastmat.tasks.uncontrasted import check_surrogate, contrasts, no_context
+from fastmat.text.candidate_cache import CandidateCache
+
+
+def attack_variants(config: TaskConfig, *, mlm: MlmLoader, cache: CandidateCache | None) -> dict[str, list[Variant]]:
+    """Label to the same attack at every radius, the main one first. Raises UserError for an ensemble: its row would be
+    the worst case over its runs, which only retrieval has."""
+    made: dict[str, list[Variant]] = {}
+    for label, component in config.attacks.items():
+        where = f"attacks.{label}"
+        for threat in radii(config):
+            attack, sha256 = attack_with_hash(
+                component, threat=threat, mlm=mlm, seed=config.seed, candidate_cache=cache, where=where
+            )
+            if isinstance(attack, Ensemble):
+                raise UserError(f"{where}: {component.name} is several attacks; name those that you want, one by one")
+            made.setdefault(label, []).append((component, attack, sha256))
+    return made
+
+
+class Answers:
+    """A victim, and what it says of the clean rows, asked when that is first needed."""
+
+    def __init__(self, model: Encoded, task: Task) -> None:
+        self.model = model
+        self.task = task
+
+    @cached_property
+    def clean(self) -> Judged:
+        return self.task.judge(self.model.model, self.model.batches)
+
+
+@dataclass(kw_only=True)
+class Judging:
+    """What all rows of a run share. attacks: of `attack_variants`.
+
+    stop_asked: whether Ctrl-C or SIGTERM came; the batch or row at hand is finished, then KeyboardInterrupt is raised.
+    Other processes than the first take part in attacks only.
+    """
+
+    config: TaskConfig
+    task: Task
+    device: torch.device
+    engine: Engine
+    attacks: Mapping[str, Sequence[Variant]]
+    out: Path
+    rows: Rows[TaskResults]
+    processes: Processes
+    stop_asked: Callable[[], bool]
+
+    @cached_property
+    def album(self) -> Album:
+        return Album(self.out, task=self.task, count=self.config.examples, seed=self.config.seed)
+
+    @cached_property
+    def data(self) -> RetrievalSet:
+        """The rows that are judged."""
+        try:
+            return self.task.data if self.config.limit is None else self.task.data.take(self.config.limit)
+        except UserError as error:
+            raise UserError(f"limit: {error}") from error
+
+    @cached_property
+    def fit_on(self) -> FitSet | None:
+        unfitted = [label for label, ((_, attack, _), *_) in self.attacks.items() if attack.needs_fit]
+        return fit_set(self.config, self.data, needed_by=f"attacks.{unfitted[0]}" if unfitted else None)
+
+    def judge(self, surrogates: Mapping[str, Component], victims: Mapping[str, TaskVictim]) -> None:
+        """Rows of `victims`: clean, and attacked through each of `surrogates`."""
+        loaded = {
+            name: self.load(
+                component, where=f"surrogates.{name}" if self.config.surrogates else f"victims.{name}.model"
+            )
+            for name, component in surrogates.items()
+            if self.attacks or self.processes.first
+        }
+        for name, surrogate in loaded.items():
+            for label, ((_, attack, _), *_) in self.attacks.items():
+                check_surrogate(attack, surrogate.model, label=f"{label} on {name}" if len(loaded) > 1 else label)
+        judged = {}
+        for label, victim in victims.items() if self.processes.first else ():
+            equal = next((name for name in loaded if surrogates[name] == victim.model), None)
+            model = loaded[equal] if equal else self.load(victim.model, where=f"victims.{label}.model")
+            judged[label] = self.clean(label, model)
+        for name, surrogate in loaded.items():
+            for label, variants in self.attacks.items():
+                for variant in variants:
+                    if not self.attack(label, variant, name, surrogate, judged):
+                        break  # it leaves images alone, so other radii give the same
+
+    def clean(self, label: str, model: Encoded) -> Answers:
+        """A victim's clean row."""
+        try:
+            self.task.check(model.model)
+        except UserError as error:
+            raise UserError(f"victims.{label}.model: {error}") from error
+        answers = Answers(model, self.task)
+        setting = self.setting(label, victim=label, white_box=True, seed=self.config.seed)
+        inputs = self.inputs(model, {})
+        if self.rows.find(setting, inputs) is None:
+            resamples = self.config.resamples
+            self.save(task_row(self.task, answers.clean, setting=setting, resamples=resamples, inputs=inputs))
+        return answers
+
+    def attack(
+        self, label: str, variant: Variant, name: str, surrogate: Encoded, judged: Mapping[str, Answers]
+    ) -> bool:
+        """One attack at one radius; whether it moved an image."""
+        component, attack, mlm_sha256 = variant
+        fit_on = self.fit_on if attack.needs_fit else None
+        made_of = inputs_of(
+            component,
+            attack,
+            engine=self.engine,
+            mlm_sha256=mlm_sha256,
+            seed=self.config.seed,
+            batch_size=self.config.batch_size,
+            fit_on=fit_on,
+        )
+        plan = plan_set(
+            weights=surrogate.weights,
+            image_transform=surrogate.model.image_transform,
+            surrogate=name,
+            label=label,
+            attack=attack,
+            dataset=self.data,
+            rows=range(self.data.n_images),
+            config=made_of,
+            seed=attack.seed,
+            source={"task": plain(self.config.task), "limit": self.config.limit},
+        )
+        key = config_fingerprint({"surrogate": surrogate.identity, **made_of})
+        folder = self.out / "sets" / name / f"{label}-{plan.threat.eps:.4g}-{key[:12]}"
+        settings = {
+            victim: self.setting(
+                name,
+                victim=victim,
+                white_box=answers.model.weights == surrogate.weights,
+                seed=plan.seed,
+                attack=label,
+                threat=plan.threat,
+            )
+            for victim, answers in judged.items()
+        }
+        inputs = {victim: self.inputs(answers.model, {"set": key}) for victim, answers in judged.items()}
+
+        def missing() -> list[str]:
+            return [victim for victim in judged if self.rows.find(settings[victim], inputs[victim]) is None]
+
+        if self.processes.agreed(missing):
+            done = make_set(
+                folder,
+                plan=plan,
+                surrogate=surrogate.model,
+                attack=attack,
+                engine=self.engine,
+                batches=surrogate.batches,
+                rows=range(self.data.n_images),
+                context=lambda: surrogate.context if contrasts(surrogate.model) else no_context(self.device),
+                fit_on=fit_on,
+                shard_images=self.config.batch_size,
+                processes=self.processes,
+                stop_asked=self.stop_asked,
+            )
+            if done < plan.n_images:
+                raise KeyboardInterrupt
+            for victim in missing() if self.processes.first else ():
+                self.add(judged[victim], AdversarialSet(folder), settings[victim], inputs[victim], surrogate)
+            if self.processes.first and not self.config.keep_sets:
+                shutil.rmtree(folder)
+
+        def moved() -> bool:
+            found = [self.rows.find(settings[victim], inputs[victim]) for victim in judged]
+            return any(row.max_distance > 0 for row in found)
+
+        return self.processes.agreed(moved)
+
+    def add(self, answers: Answers, stored: AdversarialSet, setting: Setting, inputs: str, surrogate: Encoded) -> None:
+        """A row, and its examples under the main radius."""
+        seen = Seen(keep=self.album.wanted(answers.clean))
+        told, measured = judge_attacked(self.task, answers.model.model, stored, clean=answers.clean, seen=seen)
+        if setting.threat.eps == radii(self.config)[0].eps:  # the main one
+            self.album.add(setting, surrogate.batches, clean=answers.clean, seen=seen, told=told)
+        self.save(
+            task_row(
+                self.task,
+                told,
+                setting=setting,
+                resamples=self.config.resamples,
+                inputs=inputs,
+                clean=answers.clean,
+                measured=measured,
+            )
+        )
+
+    def save(self, row: TaskRow) -> None:
+        self.rows.add(row)
+        if self.stop_asked():
+            raise KeyboardInterrupt
+
+    def finish(self) -> None:
+        """Drop what earlier runs with other inputs have left."""
+        self.rows.finish()
+        self.album.keep({row.setting() for row in self.rows.results.rows})
+        for folder in (*self.out.glob("sets/*"), self.out / "sets"):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+    def load(self, component: Component, *, where: str) -> Encoded:
+        model = build_model(component, device=self.device, where=where)
+        config = self.config
+        batches = evaluation_batches(
+            self.data,
+            model.image_transform,
+            batch_size=config.batch_size,
+            workers=config.workers,
+            image_cache=config.image_cache,
+        )
+        return Encoded(component, model, batches)
+
+    def inputs(self, victim: Encoded, judged: Mapping[str, Any]) -> str:
+        """What a row depends on: the victim, the task and its files, what it is judged on, how intervals are drawn."""
+        task = {"task": plain(self.config.task), "files": files_of(self.config.task)}
+        return config_fingerprint({"victim": victim.identity, "resamples": self.config.resamples, **task, **judged})
+
+    def setting(
+        self,
+        surrogate: str,
+        *,
+        victim: str,
+        white_box: bool,
+        seed: int,
+        attack: str = "none",
+        threat: Threat | None = None,
+    ) -> Setting:
+        return Setting(
+            surrogate=surrogate,
+            victim=victim,
+            white_box=white_box,
+            defence=self.config.victims[victim].defence,
+            attack=attack,
+            threat=threat or Threat(),
+            dataset=self.data.name,
+            split=self.data.split,
+            seed=seed,
+            scoring=self.task.name,
+        )

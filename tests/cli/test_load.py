@@ -145,4 +145,10 @@ def test_shipped_configs_cover_what_the_readme_promises() -> None:
         for data in ("flickr30k", "coco", "flickr8k")
         for task in ("attack", "train", "eval")
     ]
-    assert shipped() == sorted([*sets, "quickstart"])
+    fused = [
+        f"{model}-{data}-{task}"
+        for model in ("albef", "blip")
+        for data in ("flickr30k", "coco")
+        for task in ("train", "eval")
+    ]
+    assert shipped() == sorted([*sets, *fused, "quickstart"])

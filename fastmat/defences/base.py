@@ -17,12 +17,18 @@ from fastmat.types import Batch
 
 
 class Pairs(NamedTuple):
-    """P images and texts to be fused: rows [P] of the view `images` and rows [P] of the view `texts`."""
+    """P images and texts to be fused: rows [P] of the view `images` and rows [P] of the view `texts`.
+
+    borrowed_images, borrowed_texts: rows [M] of the same views of all processes, by rank, which are fused here as well:
+        they follow the own ones, so that row B + m is borrowed_images[m], and row T + m borrowed_texts[m].
+    """
 
     images: str
     texts: str
     image_rows: Tensor
     text_rows: Tensor
+    borrowed_images: Tensor | None = None
+    borrowed_texts: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +39,7 @@ class Views:
     shifts: name of a text view -> [T, L, D] added to its token embeddings, L as those texts alone are padded.
     match: called once inside the outer forward, without gradients, with the encoded views of this process: what a
         fusion model shall fuse of them, by name, equally many names in every process; None: nothing.
+    borrows: whether `match` may ask for rows of other processes; alike in all of them.
     """
 
     images: Mapping[str, Tensor]
@@ -40,6 +47,7 @@ class Views:
     targets: Mapping[str, Tensor] = field(default_factory=dict)
     shifts: Mapping[str, Tensor] = field(default_factory=dict)
     match: Callable[[Features], Mapping[str, Pairs]] | None = None
+    borrows: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,8 +40,10 @@ class MatchingSettings:
     ema_decay: what momentum encoders keep of themselves in a step; null: there are none, and contrast is within the
         batch. queue: momentum features kept of each modality, a multiple of the global batch; 0: none.
     soft_weight, ramp_steps: share of the momentum model's softmax in the targets, reached after so many steps.
-    keys: which views the momentum model sees, and the queues keep, clean or adv. negatives: which keys make a negative
-        likely, momentum or online; both are sought among a process's own share of the batch, as published.
+    keys: which views the momentum model sees, and the queues keep, clean or adv.
+    negatives: which keys make a negative likely, momentum or online.
+    negatives_across: seek them in the batch of all processes, as BLIP did on COCO, so that the number of processes
+        changes nothing; false: in each process's own share, as ALBEF did.
     Raises UserError for weights that are negative or both zero, for what lies outside its range, for an unknown choice.
     """
 
@@ -53,6 +55,7 @@ class MatchingSettings:
     ramp_steps: int = 0
     keys: Keys = "clean"
     negatives: Negatives = "momentum"
+    negatives_across: bool = False
 
     def __post_init__(self) -> None:
         if not (self.itc >= 0 and self.itm >= 0 and 0 < self.itc + self.itm < math.inf):
@@ -76,8 +79,8 @@ class Matching:
 
     defence: one that says which pairs it contrasts (finetune, tecoa_itr, mat); its own terms and weights stay.
     model: that will be trained; momentum encoders are copied from it here. seed: of what stands in the queues at first.
-    Raises UserError for a defence without pairs, for a model that does not fuse where itm is positive, and in `perturb`
-    for a queue that holds no whole number of batches and for a batch in which a pair has no negative.
+    Raises UserError for a defence without pairs and for a model that does not fuse where itm is positive; in `perturb`
+    for a queue that holds no whole number of batches; in `Views.match` for a batch in which a pair has no negative.
     """
 
     def __init__(
@@ -113,10 +116,9 @@ class Matching:
             self.memory.check(len(self._every.image_group))
         if not self.settings.itm:
             return views
-        check_negatives(batch.group, batch.text_group)
-        check_negatives(batch.text_group, batch.group)
         uniform = [uniform_of_texts(draws, f"negative_{side}", batch) for side in ("image", "text")]
-        return replace(views, match=partial(self._pairs_to_fuse, batch.txt2img, uniform))
+        match = partial(self._pairs_to_fuse, batch.txt2img, uniform)
+        return replace(views, match=match, borrows=self.settings.negatives_across)
 
     def loss(self, features: Features) -> dict[str, Tensor]:
         return self.defence.loss(replace(features, between=self._terms))
@@ -144,29 +146,52 @@ class Matching:
         """Of every contrasted pair: T positives, T with another image, T with another text."""
         found = {}
         texts = torch.arange(len(txt2img), device=txt2img.device)
+        borrows = self.settings.negatives_across and features.everyone is not None
         for pair in self.pairs:
             image_view, text_view = pair.split("-")
             to_image, to_text = self.negative_weights(features, image_view, text_view)
             other_images = draw_columns(to_image, uniform[0])
             other_texts = draw_columns(to_text[txt2img], uniform[1])
+            negatives = len(features.group) + texts, len(texts) + texts
+            own_images, own_texts = negatives if borrows else (other_images, other_texts)
             found[pair] = Pairs(
                 image_view,
                 text_view,
-                torch.cat([txt2img, other_images, txt2img]),
-                torch.cat([texts, texts, other_texts]),
+                torch.cat([txt2img, own_images, txt2img]),
+                torch.cat([texts, texts, own_texts]),
+                other_images if borrows else None,
+                other_texts if borrows else None,
             )
         return found
 
     def negative_weights(self, features: Features, images: str, texts: str) -> tuple[Tensor, Tensor]:
-        """[T, B] and [B, T]: how likely every image is a text's negative, and every text an image's."""
-        image, text = features.images[images].features, features.texts[texts].features
-        image_keys, text_keys = image, text
-        if self._own is not None and self.settings.negatives == "momentum":
-            image_keys, text_keys = self._own.image_features, self._own.text_features
-        scale = features.logit_scale
+        """[T, N] and [B, M]: how likely each of N images is a text's negative, and each of M texts an image's."""
+        among = self._sought_among(features, images, texts)
+        check_negatives(features.text_group, among.image_group)
+        check_negatives(features.group, among.text_group)
+        image, text, scale = features.images[images].features, features.texts[texts].features, features.logit_scale
         return (
-            negative_weights(scale * text @ image_keys.T, features.text_group, features.group),
-            negative_weights(scale * image @ text_keys.T, features.group, features.text_group),
+            negative_weights(scale * text @ among.image_features.T, features.text_group, among.image_group),
+            negative_weights(scale * image @ among.text_features.T, features.group, among.text_group),
+        )
+
+    def _sought_among(self, features: Features, images: str, texts: str) -> AttackContext:
+        across = self.settings.negatives_across
+        if self._own is not None and self._every is not None and self.settings.negatives == "momentum":
+            return self._every if across else self._own
+        if across and features.everyone is not None:
+            every = features.everyone()
+            return AttackContext(
+                image_features=every.images[images],
+                image_group=every.group,
+                text_features=every.texts[texts],
+                text_group=every.text_group,
+            )
+        return AttackContext(
+            image_features=features.images[images].features,
+            image_group=features.group,
+            text_features=features.texts[texts].features,
+            text_group=features.text_group,
         )
 
     def _terms(self, features: Features, images: str, texts: str) -> dict[str, Tensor]:

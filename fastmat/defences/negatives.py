@@ -37,10 +37,11 @@ def draw_columns(weights: Tensor, uniform: Tensor) -> Tensor:
 
 
 def check_negatives(row_group: Tensor, column_group: Tensor) -> None:
-    """Raise UserError where a row has no negative; on a GPU, where looking would wait, nothing is done."""
-    if row_group.device.type == "cpu" and not bool((row_group[:, None] != column_group).any(1).all()):
+    """Raise UserError where a row has no negative; on a GPU, where looking would wait, only for one row and column."""
+    alone = len(row_group) == len(column_group) == 1
+    if alone or (row_group.device.type == "cpu" and not bool((row_group[:, None] != column_group).any(1).all())):
         raise UserError(
-            "matching needs a negative for every pair, and all of this process's batch belongs to one image; "
+            "matching needs a negative for every pair, and all that it may be sought among belongs to one image; "
             "raise batch_size, or set itm to 0"
         )
 

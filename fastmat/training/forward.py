@@ -11,43 +11,54 @@ from torch import Tensor
 
 from fastmat.defences.base import Features, Pairs, Views
 from fastmat.models.protocol import Encoded, FusionState, ImageState, TextState, TextTokens, VisionLanguageModel
+from fastmat.training.fusing import to_fuse
+from fastmat.training.peers import Peers
 from fastmat.types import Batch
 
 Forward = Callable[..., Encoded]  # of (images, tokens), and what selects pairs to fuse where there are any
 
 
-def encode_views(forward: Forward, model: VisionLanguageModel, views: Views, batch: Batch) -> Features:
+def encode_views(
+    forward: Forward,
+    model: VisionLanguageModel,
+    views: Views,
+    batch: Batch,
+    *,
+    peers: Peers | None = None,
+    texts: tuple[int, ...] = (),
+) -> Features:
     """Encode every view with gradients.
 
     forward: the prepared module, called once as `forward(images, tokens)` with the views stacked, and with what
     `views.match` selects where there is such; `model` (unwrapped) only tokenises. The result holds each view apart
-    again, embeddings and features in fp32.
+    again, embeddings and features in fp32; with several `peers`, those of everyone beside them. texts: how many each
+    process has, by rank, from `Peers.shared`. Without `peers` this process is alone.
     """
+    if peers is None:
+        peers, texts = Peers(rank=0, world=1, device=batch.images.device), (len(batch.texts),)
     images = torch.cat(list(views.images.values())) if views.images else None
     tokens = None
     if views.texts:
-        captions = [text for texts in views.texts.values() for text in texts]
-        tokens = model.tokenize(captions).to(batch.images.device)
+        captions = [text for view in views.texts.values() for text in view]
+        # Borrowed rows are equally long in all processes; padded to the context, nobody needs to ask how long.
+        pad = views.borrows and peers.world > 1
+        tokens = model.tokenize(captions, pad=pad).to(batch.images.device)
         tokens = tokens._replace(shift=_stacked_shift(views, tokens))
     if views.match is None:
-        return apart(forward(images, tokens), views, batch)
+        return peers.joined(apart(forward(images, tokens), views, batch), texts)
     match, chosen = views.match, dict[str, Pairs]()
 
-    def select(encoded: Encoded) -> tuple[Tensor, Tensor]:
-        chosen.update(match(apart(encoded, views, batch)))
-        image_at = {name: i * len(batch) for i, name in enumerate(views.images)}
-        text_at = {name: i * len(batch.texts) for i, name in enumerate(views.texts)}
-        return (
-            torch.cat([image_at[pairs.images] + pairs.image_rows for pairs in chosen.values()]),
-            torch.cat([text_at[pairs.texts] + pairs.text_rows for pairs in chosen.values()]),
-        )
+    def select(encoded: Encoded) -> tuple[ImageState, TextState, Tensor]:
+        with torch.no_grad():
+            chosen.update(match(peers.joined(apart(encoded, views, batch), texts)))
+        return to_fuse(encoded, views, chosen.values(), peers, texts)
 
     encoded = forward(images, tokens, select)
     assert encoded.fused is not None
     lengths = [len(pairs.text_rows) for pairs in chosen.values()]
     columns = zip(encoded.fused.tokens.split(lengths), encoded.fused.itm_logits.split(lengths), strict=True)
     fused = {name: FusionState(*part, attention=None) for name, part in zip(chosen, columns, strict=True)}
-    return replace(apart(encoded, views, batch), fused=fused)
+    return peers.joined(replace(apart(encoded, views, batch), fused=fused), texts)
 
 
 def apart(encoded: Encoded, views: Views, batch: Batch) -> Features:

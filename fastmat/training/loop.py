@@ -183,7 +183,7 @@ def train(
             clock.enter("outer")
             set_seed(keyed(settings.seed, step, peers.rank))  # dropout
             statistics.keep()
-            features = peers.joined(encode_views(engine.forward, model, views, batch), texts)
+            features = encode_views(engine.forward, model, views, batch, peers=peers, texts=texts)
             with autocast:
                 losses = defence.loss(features)
             total = torch.stack(list(losses.values())).sum()

@@ -22,8 +22,8 @@ from fastmat.models.protocol import (
 )
 from fastmat.training.settings import TrainSettings
 
-# Rows [P] of the images and [P] of the texts to be fused, chosen when both are encoded.
-Select = Callable[[Encoded], tuple[Tensor, Tensor]]
+# What is to be fused, chosen when both sides are encoded: images, P texts, and the image row [P] of each text.
+Select = Callable[[Encoded], tuple[ImageState, TextState, Tensor]]
 
 
 class Outer(nn.Module):
@@ -61,18 +61,19 @@ class Outer(nn.Module):
 
     def _fuse(self, encoded: Encoded, select: Select, count: int) -> FusionState:
         """The pairs of `select`, in `count` parts."""
-        assert fuses(self.model) and encoded.image is not None and encoded.text is not None
-        with torch.no_grad():
-            image_rows, text_rows = select(encoded)
+        assert fuses(self.model)
+        image, text, owner = select(encoded)
         if count == 1:
-            return self.model.fuse(encoded.image, taken(encoded.text, text_rows), image_rows)
-        rows = zip(image_rows.tensor_split(count), text_rows.tensor_split(count), strict=True)
-        parts = [checkpoint(self._fused_rows, encoded.image, encoded.text, *pair, use_reentrant=False) for pair in rows]
+            return self.model.fuse(image, text, owner)
+        parts = [
+            checkpoint(self._fused_rows, image, text, owner, rows, use_reentrant=False)
+            for rows in torch.arange(len(owner), device=owner.device).tensor_split(count)
+        ]
         return FusionState(torch.cat([p.tokens for p in parts]), torch.cat([p.itm_logits for p in parts]), None)
 
-    def _fused_rows(self, image: ImageState, text: TextState, image_rows: Tensor, text_rows: Tensor) -> FusionState:
+    def _fused_rows(self, image: ImageState, text: TextState, owner: Tensor, rows: Tensor) -> FusionState:
         assert fuses(self.model) and image.tokens is not None
-        return self.model.fuse(image._replace(tokens=image.tokens[image_rows]), taken(text, text_rows))
+        return self.model.fuse(image._replace(tokens=image.tokens[owner[rows]]), taken(text, rows))
 
     def _parts(self, images: Tensor | None, tokens: TextTokens | None) -> list[tuple[Tensor | None, TextTokens | None]]:
         """Images and texts in equally many parts, so that every part runs through both towers."""
@@ -89,8 +90,9 @@ class Outer(nn.Module):
 
 
 def taken(text: TextState, rows: Tensor) -> TextState:
-    """The rows [P] of T texts."""
-    return TextState(*(None if of is None else of[rows] for of in text))  # type: ignore[arg-type]
+    """The rows [P] of T texts, as far as fusion reads them: ids, mask and tokens."""
+    tokens = None if text.tokens is None else text.tokens[rows]
+    return text._replace(ids=text.ids[rows], mask=text.mask[rows], tokens=tokens)
 
 
 def joined(parts: Sequence[Encoded]) -> Encoded:

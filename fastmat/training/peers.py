@@ -108,12 +108,18 @@ class Peers:
             text_group=text_group,
         )
 
+    def rows(self, parts: Sequence[Tensor], lengths: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """Each part of all processes, by rank, in one collective; gradients come back through it.
+
+        lengths: of every part, how long it is in each process.
+        """
+        return unpadded(Gather.apply(padded(parts, lengths), self), lengths)
+
     def _everyone(self, features: Features, texts: tuple[int, ...]) -> Everyone:
         images = (len(features.group),) * self.world
         lengths = [images] * len(features.images) + [texts] * len(features.texts)
         rows = [view.features for views in (features.images, features.texts) for view in views.values()]
-        stacked = Gather.apply(padded(rows, lengths), self)
-        parts = iter(unpadded(stacked, lengths))
+        parts = iter(self.rows(rows, lengths))
         groups = padded([features.group, features.text_group], [images, texts])
         group, text_group = unpadded(self._stacked(groups), [images, texts])
         return Everyone(
@@ -136,7 +142,7 @@ class Peers:
 
 
 class Gather(torch.autograd.Function):
-    """[n, E] of every process as [world, n, E]; each gets back the sum of all gradients of its rows."""
+    """[n, ...] of every process as [world, n, ...]; each gets back the sum of all gradients of its rows, in fp32."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, peers: Peers) -> Tensor:
@@ -145,9 +151,10 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        own = grad.new_empty(grad.shape[1:])
-        dist.reduce_scatter_tensor(own, grad.flatten(0, 1).contiguous())
-        return own, None
+        every = grad.float().flatten(0, 1).contiguous()
+        own = every.new_empty(grad.shape[1:])
+        dist.reduce_scatter_tensor(own, every)
+        return own.to(grad.dtype), None
 
 
 def padded(parts: Sequence[Tensor], lengths: Sequence[tuple[int, ...]]) -> Tensor:

@@ -55,6 +55,10 @@ def test_no_negative_is_an_error():
     check_negatives(group, group)
     with pytest.raises(UserError, match="belongs to one image; raise batch_size, or set itm to 0"):
         check_negatives(torch.tensor([1, 1]), torch.tensor([1, 1]))
+    nowhere = torch.zeros(1, dtype=torch.int64, device="meta")  # as on a GPU: only what the shape says
+    with pytest.raises(UserError, match="belongs to one image"):
+        check_negatives(nowhere, nowhere)
+    check_negatives(torch.zeros(2, device="meta"), nowhere)
 
 
 def test_numbers_belong_to_captions():

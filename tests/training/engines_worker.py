@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from training.runs import go_on, run
+from training.runs import again, go_on, run
 
 from fastmat.training.engine import make_accelerator
 
@@ -35,6 +35,8 @@ def main() -> None:
         accelerator = make_accelerator()
         if name.startswith("until"):
             go_on(out / "handed-over", int(name.removeprefix("until")), accelerator=accelerator)
+        elif name.startswith("again-"):
+            again(name.removeprefix("again-"), out / f"{engine}-{accelerator.num_processes}", accelerator=accelerator)
         else:
             run(name, out / f"{engine}-{accelerator.num_processes}" / name, accelerator=accelerator)
     dist.barrier()  # gloo may abort where one process leaves while another still talks

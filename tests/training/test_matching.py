@@ -149,9 +149,10 @@ def run(out: Path, steps: int, *, resume: bool = False, model: str = "albef", **
     return report, defence
 
 
-def test_resume_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("model_name", MODELS)
+def test_resume_is_exact(model_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted after two steps and gone on with, in weights, momentum encoders, queues and counters."""
-    _, whole = run(tmp_path / "whole", 4)
+    _, whole = run(tmp_path / "whole", 4, model=model_name)
     assert whole.memory.steps == 4 and whole.memory.images.start == 4  # 16 images into 12 places
     saved = Matching.remember
     calls = []
@@ -164,8 +165,8 @@ def test_resume_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Matching, "remember", stops)
-        run(tmp_path / "halves", 4)
-    report, other = run(tmp_path / "halves", 4, resume=True)
+        run(tmp_path / "halves", 4, model=model_name)
+    report, other = run(tmp_path / "halves", 4, resume=True, model=model_name)
     assert report.resumed_from == 2
     for name in ("weights", "optimizer", "memory"):
         mine, its = (
@@ -225,7 +226,7 @@ def test_refusals() -> None:
         matching(model, queue=10).perturb(model, make_batch(), SeededDraws(0))
     alone = replace(make_batch(), group=torch.zeros(4, dtype=torch.int64))
     with pytest.raises(UserError, match="belongs to one image"):
-        matching(model).perturb(model, alone, SeededDraws(0))
+        encode_views(outer(model), model, matching(model).perturb(model, alone, SeededDraws(0)), alone)
     for changed, said in (
         ({"itc": 0.0, "itm": 0.0}, "one must be positive"),
         ({"soft_weight": 2.0}, "soft_weight must be in"),

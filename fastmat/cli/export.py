@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{option} is for a training run, and {arguments.source} is none; leave it out")
     stored = AdversarialSet(arguments.source)
     made = stored.manifest
-    values = source_of(made)
+    values = source_of(made, arguments.source)
     for text in arguments.settings:
         override(values, text)
     config = validate(ExportConfig, values, source=str(arguments.source))
@@ -101,7 +101,11 @@ def export_model(arguments: argparse.Namespace) -> None:
     print(f"{library} loads it: {arguments.out}")
 
 
-def source_of(made: Manifest) -> dict[str, Any]:
+def source_of(made: Manifest, folder: Path) -> dict[str, Any]:
     """Where the clean images were; sets of earlier versions say it in their configuration."""
+    if "task" in made.source:
+        raise UserError(
+            f"{folder} holds rows of a task, whose annotations an exported set would lack; judge it with `fastmat task`"
+        )
     found = made.source or {key: made.config[key] for key in ("data", "limit") if key in made.config}
     return copy.deepcopy(found)

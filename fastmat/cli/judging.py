@@ -27,9 +27,9 @@ from fastmat.cli.together import Processes
 from fastmat.data.loader import evaluation_batches
 from fastmat.data.retrieval import RetrievalSet
 from fastmat.errors import UserError
-from fastmat.evaluation.adversarial_set import AdversarialSet
-from fastmat.evaluation.manifest import config_fingerprint
-from fastmat.evaluation.results import Setting, Threat
+from fastmat.evaluation.adversarial_set import MANIFEST, AdversarialSet
+from fastmat.evaluation.manifest import Manifest, config_fingerprint
+from fastmat.evaluation.results import Setting, Threat, read_json
 from fastmat.tasks.base import Judged, Task
 from fastmat.tasks.evaluate import Seen, judge_attacked, task_row
 from fastmat.tasks.results import TaskResults, TaskRow
@@ -234,9 +234,13 @@ class Judging:
             raise KeyboardInterrupt
 
     def finish(self) -> None:
-        """Drop what earlier runs with other inputs have left."""
+        """Drop what earlier runs with other inputs have left: rows, examples, sets that were only begun."""
         self.rows.finish()
         self.album.keep({row.setting() for row in self.rows.results.rows})
+        for file in self.out.glob(f"sets/*/*/{MANIFEST}"):
+            begun = read_json(file, Manifest)
+            if begun.n_done < begun.n_images:
+                shutil.rmtree(file.parent)
         for folder in (*self.out.glob("sets/*"), self.out / "sets"):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()

@@ -1,4 +1,4 @@
-"""Captions in COCO's own format: `captions_val2014.json`, or `coco_karpathy_test_gt.json` that BLIP's scripts fetch."""
+"""Captions in COCO's own format (`captions_val2014.json`)."""
 
 from __future__ import annotations
 

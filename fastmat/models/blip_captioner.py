@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from transformers import BertTokenizerFast, BlipForConditionalGeneration
 
 from fastmat.errors import UserError
+from fastmat.models.blip_caption_checkpoint import WORDS, captioner_of
 from fastmat.models.hf_clip import CLIP_MEAN, CLIP_STD
 from fastmat.models.protocol import Encoded, ImageState, TextState, TextTokens, encodable, token_batch
 from fastmat.models.tokenizers import WordPieceTokenizer, read_bert_tokenizer
+from fastmat.models.weights import read_state
 from fastmat.types import ImageTransform
 
 IGNORED = -100
@@ -118,20 +121,65 @@ class BlipCaptioner(nn.Module):
 
 
 def load_blip_captioner(
-    path: str,
+    path: str | None = None,
     *,
+    checkpoint: Path | None = None,
+    vocabulary: str = "google-bert/bert-base-uncased",
+    image_size: int | None = None,
+    image_heads: int = 12,
+    text_heads: int = 12,
     prompt: str = "a picture of ",
     beams: int = 3,
     max_length: int = 20,
     min_length: int = 5,
 ) -> BlipCaptioner:
-    """BLIP's captioner from a folder in transformers' layout or a hub id (`Salesforce/blip-image-captioning-base`).
+    """BLIP's captioner, from transformers' layout or from an official checkpoint.
 
-    path: holds the model and its tokenizer. Layer norms are as its configuration says.
+    path: a folder or hub id with model and tokenizer (`Salesforce/blip-image-captioning-base`); layer norms are as its
+        configuration says.
+    checkpoint: or an official file (`model_base_caption_*.pth`), to which belong: vocabulary, BERT's `vocab.txt`, a
+        folder with a tokenizer or a hub id; image_size, another resolution than the file's; image_heads, text_heads,
+        attention heads, which no weight tells.
     prompt: what every caption begins with and its loss leaves out. beams: of the search. max_length, min_length: tokens
         with the prompt. All are those of the official `caption_coco.yaml` and `train_caption.py`.
-    Raises UserError when the folder holds another model or none, and for lengths that the model has not.
+    Raises UserError when a file is missing or another model's, naming the keys, and for lengths that the model has not.
     """
+    if (path is None) == (checkpoint is None):
+        raise UserError("name either path, a folder or hub id in transformers' layout, or checkpoint, an official file")
+    if path is not None:
+        blip = read_pretrained(path)
+        bert = read_bert_tokenizer(path, size=blip.config.text_config.vocab_size, added=2)
+    else:
+        assert checkpoint is not None
+        state = read_state(checkpoint)
+        pieces = state[WORDS].shape[0] if WORDS in state else 0
+        if not pieces:
+            raise UserError(f"{checkpoint} is no captioner of BLIP: '{WORDS}' is missing")
+        bert = read_bert_tokenizer(vocabulary, size=pieces, added=2)
+        blip = captioner_of(
+            state,
+            bert,
+            image_size=image_size,
+            image_heads=image_heads,
+            text_heads=text_heads,
+            source=str(checkpoint),
+        )
+    longest = blip.config.text_config.max_position_embeddings
+    if beams < 1 or not 0 <= min_length <= max_length <= longest:
+        raise UserError(
+            f"beams must be at least 1 and 0 <= min_length <= max_length <= {longest}, got {beams}, {min_length} and "
+            f"{max_length}"
+        )
+    captioner = BlipCaptioner(
+        blip=blip, bert=bert, prompt=prompt, beams=beams, max_length=max_length, min_length=min_length
+    )
+    if len(captioner.start) >= max_length:
+        raise UserError(f"max_length must exceed the {len(captioner.start)} tokens of the prompt, got {max_length}")
+    return captioner.eval()
+
+
+def read_pretrained(path: str) -> BlipForConditionalGeneration:
+    """Raises UserError where there is no captioner, or one without all its weights."""
     try:
         blip, info = BlipForConditionalGeneration.from_pretrained(path, output_loading_info=True)
     except Exception as error:  # transformers, safetensors and the hub each raise their own
@@ -140,16 +188,4 @@ def load_blip_captioner(
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(f"path: {path} is no BLIP captioner: {len(missing)} weights are missing, such as {missing[0]}")
-    text = blip.config.text_config
-    if beams < 1 or not 0 <= min_length <= max_length <= text.max_position_embeddings:
-        raise UserError(
-            f"beams must be at least 1 and 0 <= min_length <= max_length <= {text.max_position_embeddings}, got "
-            f"{beams}, {min_length} and {max_length}"
-        )
-    bert = read_bert_tokenizer(path, size=text.vocab_size, added=2)
-    captioner = BlipCaptioner(
-        blip=blip, bert=bert, prompt=prompt, beams=beams, max_length=max_length, min_length=min_length
-    )
-    if len(captioner.start) >= max_length:
-        raise UserError(f"max_length must exceed the {len(captioner.start)} tokens of the prompt, got {max_length}")
-    return captioner.eval()
+    return blip

@@ -22,8 +22,8 @@ class Captioning:
 
     The references are those of the data, also where an attack has changed captions: a captioner reads none.
 
-    annotations: captions in COCO's format (`captions_val2014.json`, `coco_karpathy_test_gt.json`), or a JSON list in
-        the ALBEF/Karpathy format. images: the folder that file names start from.
+    annotations: captions in COCO's format (`captions_val2014.json`), or a JSON list in the ALBEF/Karpathy format
+        (`coco_karpathy_test.json`). images: the folder that file names start from.
     title, split: as the tables shall name them. captions: pre-processing of the references; scores have their own
         (`fastmat.tasks.caption_scores`).
     """

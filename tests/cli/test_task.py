@@ -1,6 +1,9 @@
 """`fastmat task`: three tasks from their public formats, clean and attacked; what is kept; refusals."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +11,8 @@ import pytest
 from annotated import write_coco_captions, write_refcoco, write_snli_ve
 from tiny_generators import save_captioner
 
+from fastmat.cli.config import TaskConfig
+from fastmat.cli.load import load_config
 from fastmat.evaluation.results import read_json
 from fastmat.tasks.results import TaskExamples, TaskResults
 
@@ -118,12 +123,48 @@ def test_captioning_by_its_own_loss_and_from_a_retrieval_model(
     assert read_json(tmp_path / "transfer" / "results.json", TaskResults).rows[1].max_distance > 0
 
 
+def test_kept_sets_are_no_retrieval_sets(fastmat: Fastmat, entailment: str, tmp_path: Path) -> None:
+    words = ["task", entailment, *COMMON, "victims.ve={model: {name: tiny_albef_ve}}", "keep_sets=true", "limit=2"]
+    attack = "attacks.logits={name: pgd, steps: 1, objective: kl_entailment}"
+    assert fastmat(*words, attack, "--out", tmp_path / "out")[0] == 0
+    (kept,) = (tmp_path / "out" / "sets" / "ve").iterdir()
+    code, _, error = fastmat("export", kept, "--out", tmp_path / "png")
+    assert code == 2 and "holds rows of a task" in error
+
+
 def test_the_first_rows_alone(fastmat: Fastmat, entailment: str, tmp_path: Path) -> None:
     words = ["task", entailment, *COMMON, "victims.ve={model: {name: tiny_albef_ve}}", "--out", tmp_path / "out"]
     assert fastmat(*words, "limit=4")[0] == 0
     assert read_json(tmp_path / "out" / "results.json", TaskResults).rows[0].n_rows == 4
     code, _, error = fastmat(*words[:-1], tmp_path / "more", "limit=10")
     assert code == 2 and "limit: snli-ve/test has 9 images, cannot take 10" in error
+
+
+@pytest.mark.parametrize("name", ["albef-refcoco-grounding", "albef-snli-ve", "blip-coco-captioning"])
+def test_shipped_configs_are_read(name: str) -> None:
+    config = load_config(TaskConfig, name)
+    assert config.task.name in name.replace("snli-ve", "entailment") and config.attacks
+
+
+@pytest.mark.distributed
+def test_two_processes_attack_to_the_result_of_one(
+    fastmat: Fastmat, grounding: str, mlm_folder: Path, tmp_path: Path
+) -> None:
+    words = ["task", grounding, *COMMON, f"mlm={mlm_folder}", "victims.albef={model: {name: tiny_albef}}", CO_ATTACK]
+    assert fastmat(*words, "--out", tmp_path / "one")[0] == 0
+    launch = [Path(sys.executable).parent / "accelerate", "launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    ended = subprocess.run(
+        [*launch, "-m", "fastmat", *words, "--out", tmp_path / "two"],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 0, ended.stderr
+    one, two = (read_json(tmp_path / name / "results.json", TaskResults).rows for name in ("one", "two"))
+    assert [row.model_dump(exclude={"seconds"}) for row in one] == [row.model_dump(exclude={"seconds"}) for row in two]
+    assert ended.stdout.count("report.html") == 1
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,60 @@ def test_folders_that_hold_no_captioner(folder: Path, tmp_path: Path, captioner:
         load_blip_captioner(str(folder), prompt="a a a a", max_length=5)
 
 
+def official_file(captioner: BlipCaptioner, file: Path) -> dict[str, torch.Tensor]:
+    """The captioner's weights as the official code names and saves them, and its vocabulary beside."""
+    names = {
+        "vision_model.embeddings.class_embedding": "visual_encoder.cls_token",
+        "vision_model.embeddings.position_embedding": "visual_encoder.pos_embed",
+        "vision_model.embeddings.patch_embedding": "visual_encoder.patch_embed.proj",
+        "vision_model.post_layernorm": "visual_encoder.norm",
+        "vision_model.encoder.layers": "visual_encoder.blocks",
+        "layer_norm": "norm",
+        "self_attn.projection": "attn.proj",
+        "self_attn.qkv": "attn.qkv",
+    }
+    state = {}
+    for key, value in captioner.blip.state_dict().items():
+        for theirs, official in names.items():
+            key = key.replace(theirs, official) if not key.startswith("text_decoder") else key
+        state[key] = value.clone()
+    del state["text_decoder.cls.predictions.decoder.bias"]
+    state["text_decoder.bert.embeddings.position_ids"] = torch.arange(64)[None]
+    torch.save({"model": state}, file)
+    pieces = sorted(captioner.bert.get_vocab().items(), key=lambda item: item[1])
+    (file.parent / "vocab.txt").write_text("\n".join(piece for piece, _ in pieces[:-2]) + "\n")
+    return state
+
+
+def test_an_official_checkpoint(folder: Path, tmp_path: Path, captioner: BlipCaptioner) -> None:
+    file = tmp_path / "caption.pth"
+    captioner.blip.vision_model.post_layernorm.eps = 1e-6
+    for layer in captioner.blip.vision_model.encoder.layers:
+        layer.layer_norm1.eps = layer.layer_norm2.eps = 1e-6
+    state = official_file(captioner, file)
+    common = {"vocabulary": str(tmp_path / "vocab.txt"), "image_heads": 2, "text_heads": 2}
+    loaded = load_blip_captioner(checkpoint=file, prompt="a red ", **common)
+    assert loaded.start == [len(captioner.bert) - 2, *captioner.start[1:]]  # [DEC] is the last but one, before [ENC]
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    tokens = loaded.tokenize(["a red dog", "the cat"])
+    for model in (loaded, captioner):
+        state_of = model.encode_image(images)
+        torch.testing.assert_close(state_of.tokens, captioner.encode_image(images).tokens)
+        losses = model.caption_losses(state_of, tokens, torch.arange(2))
+        torch.testing.assert_close(losses, captioner.caption_losses(state_of, tokens, torch.arange(2)))
+    assert load_blip_captioner(checkpoint=file, image_size=64, **common).encode_image(images).tokens.shape[1] == 17
+    for key, said in (
+        ("text_decoder.cls.predictions.bias", r"2 missing \(text_decoder\.cls"),
+        ("visual_encoder.pos_embed", "is no captioner of BLIP: 'visual_encoder.pos_embed' is missing"),
+        ("text_decoder.bert.embeddings.word_embeddings.weight", "is no captioner of BLIP: 'text_decoder"),
+    ):
+        torch.save({name: value for name, value in state.items() if name != key}, file)
+        with pytest.raises(UserError, match=said):
+            load_blip_captioner(checkpoint=file, **common)
+    with pytest.raises(UserError, match=r"name either path, .* or checkpoint"):
+        load_blip_captioner(str(folder), checkpoint=file)
+
+
 def test_references_are_those_of_the_data(tmp_path: Path, captioner: BlipCaptioner) -> None:
     arguments = write_coco_captions(tmp_path)
     task = Captioning(annotations=Path(arguments["annotations"]), images=Path(arguments["images"]))

@@ -98,10 +98,17 @@ def job(setting: Setting, split: Split, pairs: Pairs) -> Job:
         original = teacher.encode_image(pairs(0).images).embeds
         return F.mse_loss(model.encode_image(made.images).embeds, original, reduction="none").sum(1)
 
+    def loss(made: Stepped) -> Tensor:
+        with torch.no_grad():
+            original = teacher.encode_image(pairs(0).images).embeds
+        return distance(model.encode_image(made.images).embeds, original)
+
     return Job(
         name="fare",
         batch=pairs,
+        model=model,
         values=values,
+        loss=loss,
         contestants=(
             plain(
                 "published",

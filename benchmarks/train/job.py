@@ -57,9 +57,12 @@ class Job:
     """batch: of a step's number, one caption per image. The contestants that others must repeat stand first.
 
     values: [B] losses of the images and texts that a step made from batch 0, in fp32, without a graph.
+    loss: the outer loss of the same in fp32, as the plain loop writes it, with a graph to the weights of `model`.
     """
 
     name: str
     batch: Callable[[int], Batch]
+    model: DualEncoder
     values: Callable[[Stepped], Tensor]
+    loss: Callable[[Stepped], Tensor]
     contestants: tuple[Contestant, ...]

@@ -105,10 +105,15 @@ def job(setting: Setting, split: Split, pairs: Pairs) -> Job:
         texts = model.encode_text(model.tokenize(made.texts).to(setting.device)).features
         return attacked_clip_loss(images, texts, images, model.logit_scale)
 
+    def loss(made: Stepped) -> Tensor:
+        return outer_loss(made.images, model.tokenize(made.texts).to(setting.device), "float32")
+
     return Job(
         name="mat",
         batch=pairs,
+        model=model,
         values=values,
+        loss=loss,
         contestants=(
             plain("published", "float32", published),
             plain("plain finetune", "float32", plain_finetune, like="plain finetune"),

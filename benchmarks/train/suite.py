@@ -18,7 +18,7 @@ from fastmat.benchmarks.attacks.suite import quantiles
 from fastmat.benchmarks.harness import QualityError, Timer
 from fastmat.benchmarks.scaling.work import Texts
 from fastmat.benchmarks.train.floor import floor_flops, product_rate, shape_of
-from fastmat.benchmarks.train.gate import Seen, compare, gradients_of
+from fastmat.benchmarks.train.gate import Seen, compare, gradients_of, see
 from fastmat.benchmarks.train.job import Contestant, Dtype, Job, Stepped
 from fastmat.benchmarks.train.meter import Split, StepMeter
 from fastmat.benchmarks.train.pairs import Pairs
@@ -57,7 +57,7 @@ def admitted(job: Job, setting: Setting) -> tuple[list[Measured], list[QualityEr
         with gradients_of(who.model, who.optimizer) as gradients:
             stepped, syncs = with_host_syncs(lambda step=step: step(batch, SeededDraws(SEED)), setting.device)
         who.model.zero_grad()
-        seen = Seen(stepped, gradients, job.values(stepped))
+        seen = see(job, stepped, gradients)
         try:
             quality = compare(who, seen, plain.setdefault(who.like, seen), clean=clean, title=job.name)
         except QualityError as error:

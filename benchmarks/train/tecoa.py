@@ -101,8 +101,7 @@ def job(setting: Setting, split: Split, pairs: Pairs) -> Job:
     low: tuple[Dtype, Dtype] = ("float32", "bfloat16")
     classes = tuple((prompt,) for prompt in prompts)
 
-    @torch.no_grad()
-    def values(made: Stepped) -> Tensor:
+    def losses(made: Stepped) -> Tensor:
         texts = model.logit_scale * model.encode_text(model.tokenize(prompts).to(setting.device)).features
         return F.cross_entropy(
             model.encode_image(made.images).features @ texts.T, data.labels(data(0)), reduction="none"
@@ -111,7 +110,9 @@ def job(setting: Setting, split: Split, pairs: Pairs) -> Job:
     return Job(
         name="tecoa",
         batch=data,
-        values=values,
+        model=model,
+        values=torch.no_grad()(losses),
+        loss=lambda made: losses(made).mean(),
         contestants=(
             plain("published", "float32", published("float32")),
             *([plain("published", "float16", published("float16"))] if setting.device.type == "cuda" else []),

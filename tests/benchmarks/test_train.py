@@ -23,7 +23,7 @@ from fastmat.benchmarks.scaling.shapes import CLIP_B16
 from fastmat.benchmarks.scaling.work import Texts
 from fastmat.benchmarks.train import command, fare, suite, tecoa
 from fastmat.benchmarks.train.floor import floor_flops, product_rate, shape_of
-from fastmat.benchmarks.train.gate import Seen, compare, gradient_off, gradients_of
+from fastmat.benchmarks.train.gate import Seen, compare, gradient_off, gradients_of, see
 from fastmat.benchmarks.train.job import Contestant, Job
 from fastmat.benchmarks.train.meter import PARTS, Split, StepMeter
 from fastmat.benchmarks.train.names import NAMES
@@ -65,7 +65,7 @@ def seen(job: Job, who: Contestant, *, gated: bool = True) -> Seen:
         step = who.gated if gated and who.gated is not None else who.step
         stepped = step(job.batch(0), SeededDraws(0))
     who.model.zero_grad()
-    return Seen(stepped, gradients, job.values(stepped))
+    return see(job, stepped, gradients)
 
 
 def counted(setting: Setting, job: Job, kind: str) -> StepMeter:
@@ -201,14 +201,16 @@ def test_the_gate_refuses_another_step(job: JobOf) -> None:
     stepped = good.stepped
     refused(who, r"mat, fastmat float32: 1 texts differ .* it is not timed", texts=("a word", *stepped.texts[1:]))
     refused(low, "only 0.0% of the texts agree", texts=("a word", "another"))
-    refused(who, "of the pixels agree", images=stepped.images + 0.1)
+    refused(who, r"has a loss that is 2\.0% off, of which 0\.0% may be chance", values=1.02 * good.values)
     nothing = {name: torch.zeros_like(value) for name, value in good.gradients.items()}
-    refused(who, "the gradient is 100.0% off", gradients=nothing)
+    refused(who, "the gradient is 100.00% off", gradients=nothing)
     refused(who, "the gradient is inf% off", gradients={})
     refused(low, r"has a loss that is 10\.0% off, of which 0\.0% may be chance", values=1.1 * good.values)
     for each in (who, low):
-        refused(each, "agree|off", images=stepped.images * torch.nan, values=good.values * torch.nan)
-    with pytest.raises(QualityError, match=r"the loss is 2\.0% off"):
+        refused(each, "off", values=good.values * torch.nan)
+        refused(each, "the loss is nan% off", loss=stepped.loss * torch.nan)
+        refused(each, "the gradient is nan% off", gradients={k: v * torch.nan for k, v in good.gradients.items()})
+    with pytest.raises(QualityError, match=r"the loss is 2\.00% off"):
         worse = good.stepped._replace(loss=1.02 * good.stepped.loss)
         compare(who, good._replace(stepped=worse), good, clean=clean, title="mat")
     one_text = good.stepped._replace(texts=("a word", *stepped.texts[1:]))

@@ -5,9 +5,9 @@ judged on all victims; without surrogates, each victim is attacked through its o
 box). With --resume, whatever still has the same inputs is kept: rows, and what a killed run had
 attacked. Several processes (accelerate launch, torchrun) attack together.
 
-    fastmat task --config albef-refcoco-grounding --out runs/grounding
-    fastmat task --config albef-snli-ve --out runs/entailment
-    fastmat task --config blip-coco-captioning --out runs/captioning
+    fastmat task --config albef-refcoco-task --out runs/grounding
+    fastmat task --config albef-snli-ve-task --out runs/entailment
+    fastmat task --config blip-coco-captions-task --out runs/captioning
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fastmat.build import Component
-from fastmat.cli.config import AttackConfig, EvalConfig, QuickstartConfig, Section, TrainConfig
+from fastmat.cli.config import AttackConfig, EvalConfig, QuickstartConfig, Section, TaskConfig, TrainConfig
 from fastmat.cli.load import load_config, plain, shipped
 from fastmat.errors import UserError
 
@@ -127,7 +127,13 @@ def test_labels_are_words() -> None:
 
 
 def schema_of(name: str) -> type[Section]:
-    kinds = {"attack": AttackConfig, "train": TrainConfig, "eval": EvalConfig, "quickstart": QuickstartConfig}
+    kinds = {
+        "attack": AttackConfig,
+        "train": TrainConfig,
+        "eval": EvalConfig,
+        "task": TaskConfig,
+        "quickstart": QuickstartConfig,
+    }
     return kinds[name.rsplit("-", 1)[-1]]
 
 
@@ -151,4 +157,5 @@ def test_shipped_configs_cover_what_the_readme_promises() -> None:
         for data in ("flickr30k", "coco")
         for task in ("train", "eval")
     ]
-    assert shipped() == sorted([*sets, *fused, "quickstart"])
+    tasks = ["albef-refcoco-task", "albef-snli-ve-task", "blip-coco-captions-task"]
+    assert shipped() == sorted([*sets, *fused, *tasks, "quickstart"])

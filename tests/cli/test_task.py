@@ -11,8 +11,6 @@ import pytest
 from annotated import write_coco_captions, write_refcoco, write_snli_ve
 from tiny_generators import save_captioner
 
-from fastmat.cli.config import TaskConfig
-from fastmat.cli.load import load_config
 from fastmat.evaluation.results import read_json
 from fastmat.tasks.results import TaskExamples, TaskResults
 
@@ -138,12 +136,6 @@ def test_the_first_rows_alone(fastmat: Fastmat, entailment: str, tmp_path: Path)
     assert read_json(tmp_path / "out" / "results.json", TaskResults).rows[0].n_rows == 4
     code, _, error = fastmat(*words[:-1], tmp_path / "more", "limit=10")
     assert code == 2 and "limit: snli-ve/test has 9 images, cannot take 10" in error
-
-
-@pytest.mark.parametrize("name", ["albef-refcoco-grounding", "albef-snli-ve", "blip-coco-captioning"])
-def test_shipped_configs_are_read(name: str) -> None:
-    config = load_config(TaskConfig, name)
-    assert config.task.name in name.replace("snli-ve", "entailment") and config.attacks
 
 
 @pytest.mark.distributed

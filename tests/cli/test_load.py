@@ -70,7 +70,7 @@ def test_resolved_config_is_plain_and_can_be_read_back(base: str) -> None:
         (
             ["model=ViT-B-16"],
             "{file}: model: unknown name 'ViT-B-16'; "
-            "known: albef, blip, hf_clip, open_clip, small, tiny, tiny_albef, tiny_blip",
+            "known: albef, albef_ve, blip, blip_captioner, ",
         ),
         (["data=[1]"], "{file}: data: expected a name or {{name: ..., argument: ...}}, got [1]"),
         (["limit=0"], "{file}: limit: input should be greater than 0, got 0"),

@@ -28,6 +28,7 @@ COMMANDS = {
     "task": "judge grounding, captioning or entailment, clean and attacked",
     "export": "write a model for open_clip or transformers, or an adversarial set as PNG files",
     "report": "draw report.html again from a results folder",
+    "study": "train and attack many models to answer a question; table, plots, page",
     "bench": "measure operators and attacks beside what others do; rows, plots, targets",
     "env": "show versions and devices",
 }

@@ -44,6 +44,7 @@ MODELS = {
     "hf_clip": "fastmat.models.hf_clip:load_hf_clip",
     "small": "fastmat.models.small:small_clip",
     "tiny": "fastmat.models.tiny:tiny_clip",
+    "small_fusion": "fastmat.models.small_fusion:small_fusion",
     "albef": "fastmat.models.albef:load_albef",
     "blip": "fastmat.models.blip:load_blip",
     "tiny_albef": "fastmat.models.tiny_fusion:tiny_albef",
@@ -67,6 +68,9 @@ ATTACKS = {
     "universal": "fastmat.attacks.universal:Universal",
     "alternating": "fastmat.attacks.alternating:Alternating",
     "strongest": "fastmat.attacks.strongest:Strongest",
+    "corruption": "fastmat.perturbations.corruption:Corruption",
+    "stylize": "fastmat.perturbations.stylize:Stylize",
+    "text_perturbation": "fastmat.perturbations.text:TextPerturbation",
 }
 OBJECTIVES = {
     "contrastive": "fastmat.attacks.objectives:Contrastive",

@@ -17,12 +17,14 @@ ORDER = (
     ("data", "text"),
     ("attacks",),
     ("defences", "augment"),
+    ("perturbations",),  # attacks, some made of generators; built by name
     ("training", "evaluation"),
     ("tasks",),
     ("report",),
     ("build",),
     ("benchmarks",),
     ("cli",),
+    ("studies",),  # made of commands; `fastmat study` finds them by name
 )
 LEAVES = {"types", "quirks", "errors", "memory"}
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}

@@ -31,12 +31,14 @@ class Attack(abc.ABC):
     needs_fit: whether `fit` or `load` must come before a call.
     splits: False where an image's result depends on the rest of its batch; such a batch is never split.
     per_image: names of attributes in which `run` leaves a [B] tensor; after a split they are those of the whole batch.
+    budgeted: False for what keeps no budget, such as fog; how far it went is measured all the same.
     """
 
     official: ClassVar[Quirks] = Quirks.official()
     needs_fit: bool = False
     splits: bool = True
     per_image: ClassVar[tuple[str, ...]] = ()
+    budgeted: ClassVar[bool] = True
 
     def __init__(self, *, threat: ThreatModel, seed: int = 0) -> None:
         self.threat = threat
@@ -81,7 +83,7 @@ class Attack(abc.ABC):
             if context is None:
                 context = self._context(model, batch, engine)
             images, texts = self._in_parts(model, batch, context, draws, engine)
-        return within_budget(self.threat, batch, images, texts)
+        return (within_budget if self.budgeted else measured)(self.threat, batch, images, texts)
 
     def _context(self, model: VisionLanguageModel, batch: Batch, engine: Engine) -> AttackContext:
         """Of the whole batch, encoded in parts."""
@@ -128,13 +130,20 @@ def within_budget(threat: ThreatModel, batch: Batch, images: Tensor, texts: tupl
     """Project once more, then measure on the stored tensors; an overspent budget is a bug in the attack."""
     images = project(images.float(), batch.images, eps=threat.eps, norm=threat.norm, bounds=threat.bounds)
     images = torch.where(images.isfinite(), images, batch.images)
+    result = measured(threat, batch, images, texts)
+    slack = BUDGET_SLACK * max(1.0, threat.eps)
+    furthest = float(result.distance.max())
+    assert furthest <= threat.eps + slack, f"image budget {threat.eps} overspent: {furthest:.3g}"
+    worst = int(result.words_changed.max()) if len(texts) else 0
+    assert worst <= threat.max_words, f"text budget {threat.max_words} overspent: {worst} words"
+    return result
+
+
+def measured(threat: ThreatModel, batch: Batch, images: Tensor, texts: tuple[str, ...]) -> AttackResult:
+    """How far images and texts are from those of `batch`, in the threat model's norm, whatever its budget."""
     delta = (images - batch.images).flatten(1)
     distance = delta.abs().amax(1) if threat.norm == "linf" else delta.norm(dim=1)
     changed = torch.tensor([words_changed(a, b) for a, b in zip(batch.texts, texts, strict=True)], dtype=torch.int64)
-    slack = BUDGET_SLACK * max(1.0, threat.eps)
-    assert bool((distance <= threat.eps + slack).all()), f"image budget {threat.eps} overspent: {distance.max():.3g}"
-    worst = int(changed.max()) if len(changed) else 0
-    assert worst <= threat.max_words, f"text budget {threat.max_words} overspent: {worst} words"
     return AttackResult(images=images, texts=texts, distance=distance, words_changed=changed)
 
 

@@ -119,7 +119,7 @@ def plan_set(
         surrogate=surrogate,
         image_transform=image_transform,
         attack=label,
-        threat=Threat(eps=threat.eps, norm=threat.norm, max_words=threat.max_words),
+        threat=Threat(eps=threat.eps, norm=threat.norm, max_words=threat.max_words, budgeted=attack.budgeted),
         dataset=dataset.name,
         split=dataset.split,
         seed=seed,

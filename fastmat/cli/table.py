@@ -24,10 +24,19 @@ def cells(row: Row) -> tuple[str, ...]:
         row.victim if row.victim == row.surrogate else f"{row.victim} (from {row.surrogate})",
         row.defence,
         attack(row),
-        radius(row.threat) if row.max_distance else "-",
-        str(row.threat.max_words) if row.max_words_changed else "-",
+        *budget(row),
         *(with_interval(row, metric) for metric in ("tr@1", "ir@1")),
         *(percent(row.value(metric)) for metric in ("asr_tr@1", "asr_ir@1")),
+    )
+
+
+def budget(row: Row) -> tuple[str, str]:
+    """Radius and words that the attack may have used, "none" for what keeps no budget."""
+    if not row.threat.budgeted:
+        return "none", "none"
+    return (
+        radius(row.threat) if row.max_distance else "-",
+        str(row.threat.max_words) if row.max_words_changed else "-",
     )
 
 

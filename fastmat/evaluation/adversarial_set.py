@@ -196,9 +196,11 @@ class AdversarialSet:
     def check_budget(self, clean: Iterable[Batch]) -> None:
         """Measure every stored image against its clean one; `clean` in set order, at the surrogate's resolution.
 
-        Raises UserError naming the first image outside the budget.
+        What has no budget is not measured. Raises UserError naming the first image outside the budget.
         """
         threat = self.manifest.threat
+        if not threat.budgeted:
+            return
         wanted = iter(image for batch in clean for image in batch.images)
         for attacked in self:
             for index, image in zip(attacked.pairs.index.tolist(), attacked.pairs.images, strict=True):

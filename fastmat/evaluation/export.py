@@ -111,7 +111,8 @@ def export_set(stored: AdversarialSet, clean: Iterable[Batch], out: Path, *, ids
         pairs = part.pairs
         # They were 8-bit levels before they were divided by 255.
         origin = torch.stack([next(originals) for _ in range(len(pairs))]).mul(255).round().to(torch.uint8)
-        final = to_8bit(pairs.images, origin, threat=made.threat)
+        rounded = pairs.images.double().mul(255).round().to(torch.uint8)
+        final = to_8bit(pairs.images, origin, threat=made.threat) if made.threat.budgeted else rounded
         moved = (final - pairs.images.double() * 255).abs()
         total, pixels = total + float(moved.sum()), pixels + moved.numel()
         levels = (final.to(torch.int64) - origin.to(torch.int64)).flatten(1)

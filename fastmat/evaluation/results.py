@@ -9,7 +9,8 @@
          defence                none | finetune | tecoa_itr | fare | mat | ...: how the victim was trained
          attack                 none (clean) | pgd | bert_attack | sep | sga | ...; of an ensemble LABEL.RUN, and LABEL:
                                 each query's worst rank over its runs and the other attacks with the same budgets
-         threat                 {"eps": radius in [0, 1] pixel units, "norm": "linf" | "l2", "max_words"}
+         threat                 {"eps": radius in [0, 1] pixel units, "norm": "linf" | "l2", "max_words", "budgeted"};
+                                a perturbation such as fog has no budget: budgeted is false, eps and max_words are 0
          dataset, split, seed
          n_images, n_captions   queries: the images and captions that were attacked
          gallery_images         images ranked, where only some of them were attacked; null: n_images
@@ -59,6 +60,7 @@ class Threat(BaseModel):
     eps: float = Field(default=0.0, ge=0)
     norm: Literal["linf", "l2"] = "linf"
     max_words: int = Field(default=0, ge=0)
+    budgeted: bool = True
 
 
 class Setting(BaseModel):

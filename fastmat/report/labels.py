@@ -34,6 +34,9 @@ ATTACKS = {
     "universal": "Universal",
     "alternating": "Alternating",
     "strongest": "Strongest",
+    "corruption": "Corruption",
+    "stylize": "Stylize",
+    "text_perturbation": "Text perturbation",
 }
 
 
@@ -66,6 +69,8 @@ def budget(threat: Threat, rows: list[Row]) -> str:
 
     rows: those that share the threat.
     """
+    if not threat.budgeted:
+        return "no budget"
     norm = "L\u221e" if threat.norm == "linf" else "L2"
     parts = []
     if any(row.max_distance > 0 for row in rows):

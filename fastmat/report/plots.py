@@ -155,7 +155,7 @@ def colours(count: int) -> list[str]:
 def group_label(group: Sequence[Row]) -> str:
     row = group[0]
     name = attack_name(row.attack)
-    used = any(other.max_distance > 0 for other in group)
+    used = row.threat.budgeted and any(other.max_distance > 0 for other in group)
     return f"{name}\neps {radius(row.threat.eps, row.threat.norm)}" if used else name
 
 

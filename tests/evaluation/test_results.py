@@ -16,7 +16,7 @@ ROW = {
     "white_box": False,
     "defence": "mat",
     "attack": "sga",
-    "threat": {"eps": 2 / 255, "norm": "linf", "max_words": 1},
+    "threat": {"eps": 2 / 255, "norm": "linf", "max_words": 1, "budgeted": True},
     "dataset": "flickr8k",
     "split": "test",
     "seed": 0,

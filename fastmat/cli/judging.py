@@ -121,7 +121,7 @@ class Judging:
             for label, variants in self.attacks.items():
                 for variant in variants:
                     if not self.attack(label, variant, name, surrogate, judged):
-                        break  # it leaves images alone, so other radii give the same
+                        break
 
     def clean(self, label: str, model: Encoded) -> Answers:
         """A victim's clean row."""
@@ -140,7 +140,7 @@ class Judging:
     def attack(
         self, label: str, variant: Variant, name: str, surrogate: Encoded, judged: Mapping[str, Answers]
     ) -> bool:
-        """One attack at one radius; whether it moved an image."""
+        """One attack at one radius; whether another radius may give something else."""
         component, attack, mlm_sha256 = variant
         fit_on = self.fit_on if attack.needs_fit else None
         made_of = inputs_of(
@@ -206,7 +206,7 @@ class Judging:
 
         def moved() -> bool:
             found = [self.rows.find(settings[victim], inputs[victim]) for victim in judged]
-            return any(row.max_distance > 0 for row in found)
+            return any(row.max_distance > 0 and row.threat.eps > 0 for row in found)  # no budget, no other radius
 
         return self.processes.agreed(moved)
 

@@ -31,7 +31,8 @@ class GroundingSet:
     """N pairs of a picture and an expression. Boxes are x, y, width, height in pixels of the picture.
 
     pairs: row i is one pair; pairs of one picture are of one group. picture: [N] int64, equal where pairs share it.
-    part: "val", "testA", ... per row. target: [N, 4]; boxes: per row [K, 4], what may be chosen; size: height, width.
+    part: "val", "testA", ... per row. target: [N, 4]; boxes: per row [K, 4], what may be chosen, K = 0 where a detector
+    found nothing; size: height, width.
     """
 
     pairs: RetrievalSet
@@ -77,7 +78,7 @@ def read_grounding_set(
             about = _known(sizes, image_id, f"{where}: image {image_id} is not in {instances}")
             annotation = _known(truth, ann_id, f"{where}: annotation {ann_id} is not in {instances}")
             candidates = detected.get(str(image_id)) if isinstance(detected, dict) else None
-            if not candidates:
+            if not isinstance(candidates, list):
                 raise UserError(f"{where}: {detections} has no boxes for image {image_id}; detect objects in it first")
             text = preprocess(field(row, "text", str, where), captions)
             if not text:
@@ -134,4 +135,4 @@ def _boxes(rows: Sequence[Any], where: str) -> Tensor:
         numbers = row[:4] if isinstance(row, list) else []
         if len(numbers) < 4 or not all(isinstance(value, int | float) for value in numbers) or min(numbers[2:]) <= 0:
             raise UserError(f"{where} must be [x, y, width, height] with a positive width and height, got {row!r}")
-    return torch.tensor([row[:4] for row in rows], dtype=torch.float64)
+    return torch.tensor([row[:4] for row in rows], dtype=torch.float64).view(-1, 4)

@@ -93,8 +93,9 @@ def ordered(rows: Sequence[TaskRow]) -> list[TaskRow]:
 
 
 def line(row: TaskRow, header: Sequence[str]) -> Line:
-    spent = [f"eps {radius(row.threat.eps, row.threat.norm)}"] if row.max_distance > 0 else []
-    spent += [words(row.threat.max_words)] if row.max_words_changed else []
+    # A perturbation without a budget has zeros there.
+    spent = [f"eps {radius(row.threat.eps, row.threat.norm)}"] if row.max_distance > 0 and row.threat.eps else []
+    spent += [words(row.threat.max_words)] if row.max_words_changed and row.threat.max_words else []
     return Line(
         attack=" ".join(filter(None, (attack_name(row.attack), source(row)))),
         budget=", ".join(spent),

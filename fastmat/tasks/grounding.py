@@ -29,8 +29,9 @@ class Grounding:
     detections: `dets.json`. images: the folder that image paths start from. title: as the tables shall name it.
     layer: whose attention is read, counted among those that look at the image; 2 is ALBEF's `block_num` 8.
     captions: pre-processing of expressions.
-    Published: pictures of 384 px, accuracy on val, testA and testB. Where no box has a positive score the published
-    script keeps the box of the expression before; here the highest score is taken, whatever its sign.
+    Published: pictures of 384 px, accuracy on val, testA and testB. Where no box has a positive score, or there is no
+        box, the published script keeps the box of the expression before; here the highest score is taken whatever its
+        sign, and without a box the answer is wrong.
     """
 
     name = "grounding"
@@ -79,7 +80,8 @@ class Grounding:
             maps = attention_maps(model, batch, layer=self.layer).float().cpu()
             for row, heat in zip(batch.index.tolist(), maps, strict=True):
                 boxes = self.set.boxes[row]
-                chosen.append(boxes[int(box_scores(heat, boxes, self.set.size[row]).argmax())])
+                best = int(box_scores(heat, boxes, self.set.size[row]).argmax()) if len(boxes) else None
+                chosen.append(boxes.new_zeros(4) if best is None else boxes[best])
         right = overlap(torch.stack(chosen), self.set.target[: len(chosen)]) >= RIGHT_FROM
         parts = self.set.part[: len(chosen)]
         metrics = {

@@ -60,6 +60,12 @@ def change(path: str, edit: Callable[[Any], Any]) -> None:
     Path(path).write_text(json.dumps(edit(content)))
 
 
+def test_a_picture_in_which_nothing_was_detected(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = write_refcoco(tmp_path)
+    change(arguments["detections"], lambda c: {**c, "100": []})
+    assert [len(boxes) for boxes in grounding(arguments).boxes[:5]] == [0, 0, 0, 0, 5]
+
+
 @pytest.mark.parametrize(
     ("file", "edit", "said"),
     [

@@ -1,5 +1,6 @@
 """Grounding against RefCOCO's published evaluation, written out."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,12 @@ def test_accuracy_by_part(judged: tuple[Grounding, Judged, list[bool], list[str]
         assert value == pytest.approx(100 * sum(own) / len(own))
         assert intervals[part][0] <= value <= intervals[part][1]
     assert all(0 <= x <= 1 and 0 <= y <= 1 for x, y, *_ in found.boxes)
+
+
+def test_without_a_box_the_answer_is_wrong(judged: tuple[Grounding, Judged, list[bool], list[str]]) -> None:
+    task, found, right, _ = judged
+    row = right.index(True)
+    task.set = replace(task.set, boxes=tuple(b[:0] if i == row else b for i, b in enumerate(task.set.boxes)))
+    again = task.judge(tiny_albef(), evaluation_batches(task.data, tiny_albef().image_transform, batch_size=5))
+    assert again.right is not None and not again.right[row] and again.boxes[row] == (0.0,) * 4
+    assert found.boxes[row] != (0.0,) * 4

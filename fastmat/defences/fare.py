@@ -3,6 +3,10 @@
 Published: eps 4/255 or 2/255, 10 steps of 1/255, squared L2 between un-normalised embeddings summed over dimensions,
 only the image tower trains. Its released code ascends with momentum 0.9 and an unclamped start; here it is plain PGD,
 which the paper describes.
+
+What is kept is the projected embedding, before it is normalised: CLIP's, and of a fusion model (ALBEF, BLIP) the one
+that contrast and the shortlist of two-stage retrieval read. Image tokens that fusion reads, and the matching head, are
+not held to anything; no text is seen, so `fastmat.defences.matching` refuses it.
 """
 
 from __future__ import annotations

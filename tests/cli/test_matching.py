@@ -3,10 +3,14 @@
 import json
 from pathlib import Path
 
+import pytest
+import torch
 from cli.conftest import Fastmat
+from models.test_blip import PIECES, official, reference
 from safetensors.torch import load_file
 
 from fastmat.models.tiny_fusion import tiny_blip
+from fastmat.models.weights import save_weights
 
 RUN = ["model=tiny_blip", "data={name: digits, split: val}", "limit=24", "batch_size=8", "threat.eps=8/255"]
 MATCHING = "matching={queue: 16, itm: 0.5, ramp_steps: 2}"
@@ -37,4 +41,36 @@ def test_refusals(fastmat: Fastmat, tmp_path: Path) -> None:
         (["defence=finetune", "matching={queues: 12}"], "unknown key 'queues'"),
     ):
         code, _, error = fastmat("train", *RUN, *changed, train, "--out", tmp_path / "run")
-        assert code != 0 and said in error, error
+        assert code == 2 and said in error, error
+    # The four renderings of one description are one image to a caption.
+    same = ["data={name: digits, split: train}", "limit=4", "batch_size=4", "defence=finetune", "matching={queue: 4}"]
+    code, _, error = fastmat("train", *RUN, *same, train, "--out", tmp_path / "run")
+    assert code == 2 and "all that it may be sought among belongs to one image; raise batch_size" in error, error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_checkpoints_of_other_models(fastmat: Fastmat, command: str, tmp_path: Path) -> None:
+    """The layouts of BLIP and ALBEF mistaken for each other, no tokenizer, and weights at another resolution."""
+    vocabulary, file = tmp_path / "vocab.txt", tmp_path / "blip.pth"
+    vocabulary.write_text("\n".join(PIECES) + "\n")
+    torch.save({"model": official(reference())}, file)
+    late = {key: value for key, value in official(reference()).items() if ".layer.0.crossattention" not in key}
+    torch.save({"model": late}, tmp_path / "albef.pth")
+    save_weights(tiny_blip(image_size=48), tmp_path / "tiny.safetensors")
+    heads = "image_heads: 2, text_heads: 2, context_length: 32"
+    for model, said in (
+        (f"{{name: albef, checkpoint: {file}, vocabulary: {vocabulary}, {heads}}}", "blip.pth is no ALBEF checkpoint"),
+        (
+            f"{{name: blip, checkpoint: {tmp_path / 'albef.pth'}, vocabulary: {vocabulary}, {heads}}}",
+            "albef.pth is no BLIP checkpoint",
+        ),
+        (f"{{name: blip, checkpoint: {file}, vocabulary: {tmp_path / 'gone'}, {heads}}}", "no BERT tokenizer in"),
+        (f"{{name: tiny_blip, weights: {tmp_path / 'tiny.safetensors'}}}", "image_tower.pos_embed"),
+    ):
+        own = [f"victims.v.model={model}"]
+        if command == "train":
+            own = [f"model={model}", "defence=finetune", MATCHING, "train={steps: 1}"]
+        code, _, error = fastmat(command, "data={name: digits, split: val}", "limit=4", *own, "--out", tmp_path / "run")
+        assert code == 2 and said in error, error
+        assert len(error.splitlines()) == 1 and not (tmp_path / "run").exists()

@@ -19,8 +19,18 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from fastmat.build import MODELS, Component, build_attack, build_data, build_model, build_threat, locate, parameters_of
-from fastmat.build import resolve_device as device_named
+from fastmat.attacks.base import Attack
+from fastmat.build import (
+    MODELS,
+    Component,
+    build_attack,
+    build_data,
+    build_model,
+    build_threat,
+    locate,
+    parameters_of,
+    resolve_device,
+)
 from fastmat.cli.common import MlmLoader, open_candidates
 from fastmat.cli.config import (
     AttackChoice,
@@ -195,7 +205,7 @@ class Study:
     def __init__(self, config: Config, out: Path) -> None:
         self.config = config
         self.out = out
-        self.device = device_named(config.device)
+        self.device = resolve_device(config.device)
         self.threat = build_threat(config.threat)
         self.dataset = build_data(config.data, limit=config.limit)
         self.parts: dict[str, Part] = {
@@ -215,6 +225,9 @@ class Study:
         if self.config.mlm is None and self.config.mlm_steps and not (self.out / "mlm").exists():
             say("masked language model")
             train_mlm(self.training_captions, self.out / "mlm", seed=0, steps=self.config.mlm_steps)
+        for name, part in self.parts.items():
+            for label, component in part.attacks.items():  # a mistake in one is found before hours of training
+                self.attack(component, seed=0, where=f"{name}.attacks.{label}")
         found: dict[Cell, dict[str, Stages]] = {}
         for done, seed in enumerate(self.config.seeds, 1):
             found |= {cell: self.outcomes(cell) for cell in self.cells(seed)}
@@ -283,16 +296,14 @@ class Study:
             if component is None:
                 yield name, stages_of(gallery)
                 continue
-            attack = build_attack(
-                component,
-                threat=self.threat,
-                mlm=self.mlm,
-                seed=seed,
-                candidate_cache=self.candidates,
-                where=f"attacks.{name}",
-            )
+            attack = self.attack(component, seed=seed, where=f"attacks.{name}")
             made = Measured().watch(run_attack(model, attack, batches, gallery_context(gallery)))
             yield name, stages_of(encode_gallery(model, made, rerank=rerank))
+
+    def attack(self, component: Component, *, seed: int, where: str) -> Attack:
+        return build_attack(
+            component, threat=self.threat, mlm=self.mlm, seed=seed, candidate_cache=self.candidates, where=where
+        )
 
     def model(self, cell: Cell) -> Trained:
         """The cell's model, trained if it is not there."""

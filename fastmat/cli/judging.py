@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fastmat.attacks.base import Attack
 from fastmat.attacks.engine import Engine
 from fastmat.build import Component, build_model
 from fastmat.cli.album import Album
@@ -183,22 +184,7 @@ class Judging:
             return [victim for victim in judged if self.rows.find(settings[victim], inputs[victim]) is None]
 
         if self.processes.agreed(missing):
-            done = make_set(
-                folder,
-                plan=plan,
-                surrogate=surrogate.model,
-                attack=attack,
-                engine=self.engine,
-                batches=surrogate.batches,
-                rows=range(self.data.n_images),
-                context=lambda: surrogate.context if contrasts(surrogate.model) else no_context(self.device),
-                fit_on=fit_on,
-                shard_images=self.config.batch_size,
-                processes=self.processes,
-                stop_asked=self.stop_asked,
-            )
-            if done < plan.n_images:
-                raise KeyboardInterrupt
+            self.make(folder, plan, attack, surrogate, fit_on)
             for victim in missing() if self.processes.first else ():
                 self.add(judged[victim], AdversarialSet(folder), settings[victim], inputs[victim], surrogate)
             if self.processes.first and not self.config.keep_sets:
@@ -209,6 +195,31 @@ class Judging:
             return any(row.max_distance > 0 and row.threat.eps > 0 for row in found)  # no budget, no other radius
 
         return self.processes.agreed(moved)
+
+    def make(self, folder: Path, plan: Manifest, attack: Attack, surrogate: Encoded, fit_on: FitSet | None) -> None:
+        """The adversarial set, unless it is there."""
+
+        def done() -> int:
+            return read_json(folder / MANIFEST, Manifest).n_done if (folder / MANIFEST).exists() else 0
+
+        if self.processes.agreed(done) == plan.n_images:
+            return
+        made = make_set(
+            folder,
+            plan=plan,
+            surrogate=surrogate.model,
+            attack=attack,
+            engine=self.engine,
+            batches=surrogate.batches,
+            rows=range(self.data.n_images),
+            context=lambda: surrogate.context if contrasts(surrogate.model) else no_context(self.device),
+            fit_on=fit_on,
+            shard_images=self.config.batch_size,
+            processes=self.processes,
+            stop_asked=self.stop_asked,
+        )
+        if made < plan.n_images:
+            raise KeyboardInterrupt
 
     def add(self, answers: Answers, stored: AdversarialSet, setting: Setting, inputs: str, surrogate: Encoded) -> None:
         """A row, and its examples under the main radius."""

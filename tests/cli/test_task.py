@@ -11,6 +11,7 @@ import pytest
 from annotated import write_coco_captions, write_refcoco, write_snli_ve
 from tiny_generators import save_captioner
 
+from fastmat.attacks.pgd import PGD
 from fastmat.evaluation.results import read_json
 from fastmat.tasks.results import TaskExamples, TaskResults
 
@@ -119,6 +120,27 @@ def test_captioning_by_its_own_loss_and_from_a_retrieval_model(
     code, _, error = fastmat(*words, *transfer, "--out", tmp_path / "transfer")
     assert code == 0, error
     assert read_json(tmp_path / "transfer" / "results.json", TaskResults).rows[1].max_distance > 0
+
+
+def test_what_a_stopped_run_had_attacked_is_not_attacked_again(
+    fastmat: Fastmat, entailment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["task", entailment, *COMMON, "victims.ve={model: {name: tiny_albef_ve}}", "--out", tmp_path / "out"]
+    words.append("attacks.logits={name: pgd, steps: 1, objective: kl_entailment}")
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fastmat.cli.judging.judge_attacked", stop)
+        code, _, error = fastmat(*words)
+    assert code == 130 and "with --resume goes on" in error
+    assert [row.attack for row in read_json(tmp_path / "out" / "results.json", TaskResults).rows] == ["none"]
+    monkeypatch.setattr(PGD, "run", stop)
+    code, shown, error = fastmat(*words, "--resume")
+    assert code == 0, error
+    assert "1 of 2 rows kept" in shown
+    assert not (tmp_path / "out" / "sets").exists()
 
 
 def test_kept_sets_are_no_retrieval_sets(fastmat: Fastmat, entailment: str, tmp_path: Path) -> None:

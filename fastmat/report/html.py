@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from fastmat.evaluation.results import Examples, Results, read_examples, read_results, write_atomic
 from fastmat.report.labels import attack_name, marked_words, radius, victim_name
 from fastmat.report.matrix import matrices
+from fastmat.report.perturbations import perturbation_drops
 from fastmat.report.plots import attacks_plot, eps_plot, training_plot
 from fastmat.report.tables import COLUMNS, tables
 
@@ -44,6 +45,7 @@ def render(results: Results, examples: Examples) -> str:
         tables=made,
         columns=COLUMNS,
         matrices=[matrices(table.rows) for table in made],
+        drops=[perturbation_drops(table.rows, results.config) for table in made],
         plots=[{"attacks": attacks_plot(table.rows), "eps": eps_plot(table.rows)} for table in made],
         training=training_plot(results.training),
         examples=examples,

@@ -23,7 +23,13 @@ GUIDE = (
 )
 PARTS = {"fusion": "A fusion model: contrast and matching (ITC:ITM)", "clip": "A dual encoder: contrast and distance"}
 SCORINGS = {"itc": "ITC", "itm": "ITM", "itm+cosine": "ITM + cosine"}
-OWN = {"itc": "ITC", "itm": "ITM", "joint": "ITC + ITM", "fusion_kl": "Fusion KL", "feature": "Feature"}
+OWN = {
+    "itc": "attack on ITC",
+    "itm": "attack on ITM",
+    "joint": "attack on both",
+    "fusion_kl": "attack on fusion (KL)",
+    "feature": "attack on features",
+}
 COLUMNS = {"tr@1": "TR@1", "ir@1": "IR@1", "drop_tr@1": "drop of TR@1", "drop_ir@1": "drop of IR@1"}
 STAGES = {
     "survival_tr": "TR survival",

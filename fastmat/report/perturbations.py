@@ -51,8 +51,8 @@ def perturbation_drops(rows: Sequence[Row], config: Mapping[str, Any]) -> list[D
 def relative_drop(clean: Row, perturbed: Row) -> float | None:
     """The share, in percent, of the sum of all recalls that is gone; None where there was none.
 
-    Its mean over severities is the multimodal impact score, MMI, of Qiu et al. (arXiv 2212.08044, section on metrics):
-    (clean - perturbed) / clean.
+    (clean - perturbed) / clean is the multimodal impact score, MMI, of Qiu et al. (arXiv 2212.08044); of the sum, and
+    of the mean over severities, are this project's choices.
     """
     before, after = (sum(row.value(recall) or 0.0 for recall in RECALLS) for row in (clean, perturbed))
     return 100 * (before - after) / before if before else None
@@ -61,7 +61,7 @@ def relative_drop(clean: Row, perturbed: Row) -> float | None:
 def told(label: str, config: Mapping[str, Any]) -> tuple[str, int]:
     """(kind, severity) of an attack by its label; the label itself where the config does not say."""
     attack = (config.get("attacks") or {}).get(label) or {}
-    severity = attack.get("severity", {"text_perturbation": 1}.get(attack.get("name"), 3))
+    severity = attack.get("severity", 1 if attack.get("name") == "text_perturbation" else 3)
     return attack.get("kind") or attack.get("name") or label, severity
 
 

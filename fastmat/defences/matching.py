@@ -113,7 +113,7 @@ class Matching:
             self.memory.follow(model)
             self._own = self._keys_of(self.memory, views, batch)
             self._every = of_everyone(self._own)
-            self.memory.check(len(self._every.image_group))
+            self.memory.check(len(self._every.image_group), len(self._every.text_group))
         if not self.settings.itm:
             return views
         uniform = [uniform_of_texts(draws, f"negative_{side}", batch) for side in ("image", "text")]

@@ -6,6 +6,7 @@ They stand beside the model and not in it: what is trained, sharded and saved as
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 
 import torch
@@ -90,13 +91,19 @@ class Momentum(nn.Module):
         towards = [new.detach().view_as(old) for old, new in zip(own, model.parameters(), strict=True)]
         torch._foreach_lerp_(own, towards, 1 - self.ema_decay)
 
-    def check(self, images: int) -> None:
-        """Raise UserError unless the queue holds a number of whole batches of `images`, over all processes."""
+    def check(self, images: int, texts: int) -> None:
+        """Raise UserError unless the queue holds a number of whole batches of `images`, and one of `texts`, over all
+        processes."""
         size = len(self.images.group)
         if size % images:
             raise UserError(
                 f"queue must be a multiple of the global batch of {images} images, got {size}; "
                 f"take {max(size // images, 1) * images}, or another batch_size"
+            )
+        if 0 < size < texts:
+            raise UserError(
+                f"queue must hold the captions of a global batch, which are {texts}, got {size}; "
+                f"take {math.ceil(texts / images) * images}, or fewer captions_per_image"
             )
 
     def add(self, keys: AttackContext) -> None:

@@ -72,7 +72,7 @@ def test_goes_on_from_a_checkpoint_exactly(tmp_path):
 
 def test_no_queue():
     memory = Momentum(tiny_albef(), queue=0)
-    memory.check(7)
+    memory.check(7, 9)
     memory.add(keys(4, 0))
     assert memory.steps == 1 and not len(memory.images.group)
 
@@ -85,7 +85,10 @@ def test_refusals():
         Momentum(model, queue=4, ema_decay=1.5)
     memory = Momentum(model, queue=10)
     with pytest.raises(UserError, match=r"multiple of the global batch of 4 images, got 10; take 8"):
-        memory.check(4)
+        memory.check(4, 4)
+    memory.check(5, 10)
+    with pytest.raises(UserError, match=r"captions of a global batch, which are 11, got 10; take 15"):
+        memory.check(5, 11)
     with pytest.raises(UserError, match="at least one batch"):
         memory.add(keys(11, 0))
     queues = {"image_queue": torch.zeros(16, 7), "idx_queue": torch.zeros(1, 7), "queue_ptr": torch.zeros(1)}

@@ -15,17 +15,15 @@ from fastmat.attacks.base import Attack
 from fastmat.attacks.engine import Engine
 from fastmat.build import Component, build_model
 from fastmat.cli.album import Album
-from fastmat.cli.common import MlmLoader
 from fastmat.cli.config import TaskConfig, TaskVictim
 from fastmat.cli.encoded import Encoded
-from fastmat.cli.ensembles import Ensemble, Variant
+from fastmat.cli.ensembles import Variant
 from fastmat.cli.fitting import FitSet, fit_set
 from fastmat.cli.load import plain
-from fastmat.cli.making import attack_with_hash, files_of, inputs_of, make_set, plan_set
-from fastmat.cli.planning import radii
+from fastmat.cli.making import files_of, inputs_of, make_set, plan_set
 from fastmat.cli.rows import Rows
 from fastmat.cli.together import Processes
-from fastmat.data.loader import evaluation_batches
+from fastmat.data.loader import EvaluationBatches, evaluation_batches
 from fastmat.data.retrieval import RetrievalSet
 from fastmat.errors import UserError
 from fastmat.evaluation.adversarial_set import MANIFEST, AdversarialSet
@@ -35,23 +33,6 @@ from fastmat.tasks.base import Judged, Task
 from fastmat.tasks.evaluate import Seen, judge_attacked, task_row
 from fastmat.tasks.results import TaskResults, TaskRow
 from fastmat.tasks.uncontrasted import check_surrogate, contrasts, no_context
-from fastmat.text.candidate_cache import CandidateCache
-
-
-def attack_variants(config: TaskConfig, *, mlm: MlmLoader, cache: CandidateCache | None) -> dict[str, list[Variant]]:
-    """Label to the same attack at every radius, the main one first. Raises UserError for an ensemble: its row would be
-    the worst case over its runs, which only retrieval has."""
-    made: dict[str, list[Variant]] = {}
-    for label, component in config.attacks.items():
-        where = f"attacks.{label}"
-        for threat in radii(config):
-            attack, sha256 = attack_with_hash(
-                component, threat=threat, mlm=mlm, seed=config.seed, candidate_cache=cache, where=where
-            )
-            if isinstance(attack, Ensemble):
-                raise UserError(f"{where}: {component.name} is several attacks; name those that you want, one by one")
-            made.setdefault(label, []).append((component, attack, sha256))
-    return made
 
 
 class Answers:
@@ -121,7 +102,8 @@ class Judging:
         for name, surrogate in loaded.items():
             for label, variants in self.attacks.items():
                 for variant in variants:
-                    if not self.attack(label, variant, name, surrogate, judged):
+                    show = variant is variants[0]
+                    if not self.attack(label, variant, name, surrogate, judged, show=show):
                         break
 
     def clean(self, label: str, model: Encoded) -> Answers:
@@ -139,7 +121,14 @@ class Judging:
         return answers
 
     def attack(
-        self, label: str, variant: Variant, name: str, surrogate: Encoded, judged: Mapping[str, Answers]
+        self,
+        label: str,
+        variant: Variant,
+        name: str,
+        surrogate: Encoded,
+        judged: Mapping[str, Answers],
+        *,
+        show: bool,
     ) -> bool:
         """One attack at one radius; whether another radius may give something else."""
         component, attack, mlm_sha256 = variant
@@ -186,13 +175,15 @@ class Judging:
         if self.processes.agreed(missing):
             self.make(folder, plan, attack, surrogate, fit_on)
             for victim in missing() if self.processes.first else ():
-                self.add(judged[victim], AdversarialSet(folder), settings[victim], inputs[victim], surrogate)
+                stored = AdversarialSet(folder)
+                clean = surrogate.batches if show else None
+                self.add(judged[victim], stored, settings[victim], inputs[victim], show=clean)
             if self.processes.first and not self.config.keep_sets:
                 shutil.rmtree(folder)
 
         def moved() -> bool:
             found = [self.rows.find(settings[victim], inputs[victim]) for victim in judged]
-            return any(row.max_distance > 0 and row.threat.eps > 0 for row in found)  # no budget, no other radius
+            return any(row.max_distance > 0 and row.threat.budgeted for row in found)
 
         return self.processes.agreed(moved)
 
@@ -221,12 +212,20 @@ class Judging:
         if made < plan.n_images:
             raise KeyboardInterrupt
 
-    def add(self, answers: Answers, stored: AdversarialSet, setting: Setting, inputs: str, surrogate: Encoded) -> None:
-        """A row, and its examples under the main radius."""
+    def add(
+        self,
+        answers: Answers,
+        stored: AdversarialSet,
+        setting: Setting,
+        inputs: str,
+        *,
+        show: EvaluationBatches | None,
+    ) -> None:
+        """A row, after its examples. show: the clean data as it was attacked."""
         seen = Seen(keep=self.album.wanted(answers.clean))
         told, measured = judge_attacked(self.task, answers.model.model, stored, clean=answers.clean, seen=seen)
-        if setting.threat.eps == radii(self.config)[0].eps:  # the main one
-            self.album.add(setting, surrogate.batches, clean=answers.clean, seen=seen, told=told)
+        if show is not None:
+            self.album.add(setting, show, clean=answers.clean, seen=seen, told=told)
         self.save(
             task_row(
                 self.task,

@@ -11,7 +11,7 @@ from fastmat.attacks.engine import Engine
 from fastmat.build import build_data, build_threat
 from fastmat.cli.common import MlmLoader
 from fastmat.cli.config import EvalConfig, TaskConfig
-from fastmat.cli.ensembles import Variant, split
+from fastmat.cli.ensembles import Ensemble, Variant, split
 from fastmat.cli.fitting import FitSet, fit_set
 from fastmat.cli.making import attack_with_hash, inputs_of
 from fastmat.data.retrieval import RetrievalSet
@@ -99,6 +99,22 @@ def plan_cells(config: EvalConfig, *, mlm: MlmLoader, engine: Engine, cache: Can
         cells={label: [cell(label, variant) for variant in variants] for label, variants in parts.attacks.items()},
         ensembles=parts.ensembles,
     )
+
+
+def attack_variants(config: TaskConfig, *, mlm: MlmLoader, cache: CandidateCache | None) -> dict[str, list[Variant]]:
+    """Label to the same attack at every radius, the main one first. Raises UserError for an ensemble: its row would be
+    the worst case over its runs, which only retrieval has."""
+    made: dict[str, list[Variant]] = {}
+    for label, component in config.attacks.items():
+        where = f"attacks.{label}"
+        for threat in radii(config):
+            attack, sha256 = attack_with_hash(
+                component, threat=threat, mlm=mlm, seed=config.seed, candidate_cache=cache, where=where
+            )
+            if isinstance(attack, Ensemble):
+                raise UserError(f"{where}: {component.name} is several attacks; name those that you want, one by one")
+            made.setdefault(label, []).append((component, attack, sha256))
+    return made
 
 
 def radii(config: EvalConfig | TaskConfig) -> list[ThreatModel]:

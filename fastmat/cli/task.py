@@ -27,10 +27,11 @@ from fastmat.cli.common import (
     tell_candidates,
 )
 from fastmat.cli.config import TaskConfig
-from fastmat.cli.judging import Judging, attack_variants
+from fastmat.cli.judging import Judging
 from fastmat.cli.keys import describe
 from fastmat.cli.load import load_config, plain
 from fastmat.cli.parser import Parser
+from fastmat.cli.planning import attack_variants
 from fastmat.cli.processes import is_first_process
 from fastmat.cli.rows import Rows
 from fastmat.cli.together import stoppable, together

@@ -93,12 +93,11 @@ def ordered(rows: Sequence[TaskRow]) -> list[TaskRow]:
 
 
 def line(row: TaskRow, header: Sequence[str]) -> Line:
-    # A perturbation without a budget has zeros there.
-    spent = [f"eps {radius(row.threat.eps, row.threat.norm)}"] if row.max_distance > 0 and row.threat.eps else []
-    spent += [words(row.threat.max_words)] if row.max_words_changed and row.threat.max_words else []
+    spent = [f"eps {radius(row.threat.eps, row.threat.norm)}"] if row.max_distance > 0 else []
+    spent += [words(row.threat.max_words)] if row.max_words_changed else []
     return Line(
         attack=" ".join(filter(None, (attack_name(row.attack), source(row)))),
-        budget=", ".join(spent),
+        budget=", ".join(spent) if row.threat.budgeted else "no budget",
         model=victim_name(row),
         cells=[cell(row, name) for name in header],
     )

@@ -116,10 +116,15 @@ def test_captioning_by_its_own_loss_and_from_a_retrieval_model(
     assert rows[0].values != rows[1].values
     examples = read_json(tmp_path / "white" / "examples.json", TaskExamples).examples
     assert any(example.said_before != example.said_after for example in examples)
-    transfer = ["surrogates={itr: {name: tiny_blip}}", "attacks.pgd={name: pgd, steps: 1}"]
-    code, _, error = fastmat(*words, *transfer, "--out", tmp_path / "transfer")
+    transfer = ["surrogates={itr: {name: tiny_blip}}", "attacks.pgd={name: pgd, steps: 1}", "eps=[4/255]"]
+    transfer.append("attacks.noise={name: corruption, kind: gaussian_noise}")
+    code, shown, error = fastmat(*words, *transfer, "--out", tmp_path / "transfer")
     assert code == 0, error
-    assert read_json(tmp_path / "transfer" / "results.json", TaskResults).rows[1].max_distance > 0
+    rows = read_json(tmp_path / "transfer" / "results.json", TaskResults).rows
+    assert [row.attack for row in rows] == ["none", "pgd", "pgd", "noise"] and rows[1].max_distance > 0
+    assert shown.count("no budget") == 1
+    examples = read_json(tmp_path / "transfer" / "examples.json", TaskExamples).examples
+    assert [example.setting.attack for example in examples] == ["pgd"] * 2 + ["noise"] * 2
 
 
 def test_what_a_stopped_run_had_attacked_is_not_attacked_again(

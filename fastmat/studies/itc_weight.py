@@ -175,9 +175,11 @@ def fused_defence(defence: Component, weight: Weight, *, inner: str) -> dict[str
 
 
 def weighed_defence(defence: Component, weight: Weight) -> dict[str, Any]:
-    """MAT with its pairs and its distances weighed."""
+    """MAT with its pairs and its distances weighed. Without contrast, what no distance reads is not trained."""
     arguments = defence.plain()
     pairs = arguments.get("pairs") or {"adv-adv": 1.0}
+    if not weight[0]:
+        arguments["trains"] = sorted({name.split("-")[0] for name in arguments["distances"]})
     return {
         **arguments,
         "pairs": {name: weight[0] * own for name, own in pairs.items()},

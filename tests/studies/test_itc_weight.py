@@ -13,7 +13,7 @@ from fastmat.studies.outcomes import read_outcome
 
 FOG = "fog: {name: corruption, kind: fog, severity: 2}"
 TINY = [
-    "mlm_steps=null", "limit=10", "train_limit=24", "test_batch_size=5", "fusion.model.widths=[8, 8]",
+    "mlm_steps=null", "weights=[[1, 0], [0, 1]]", "limit=10", "train_limit=24", "test_batch_size=5", "fusion.model.widths=[8, 8]",
     "fusion.defences={tecoa_itr: {name: tecoa_itr, steps: 1}}",
     f"fusion.attacks={{itm: {{name: pgd, steps: 1, objective: itm}}, {FOG}}}", "clip.model.widths=[8, 8]",
     "clip.defences={mat: {name: mat, steps: 1, text_search: embedding_space, distances: {image-adv-teacher: 0.1}}}",
@@ -36,7 +36,7 @@ def test_every_cell_and_going_on(fastmat: Fastmat, out: Path) -> None:  # noqa: 
     assert str(out / "report.html") in shown
     results = json.loads((out / "results.json").read_text())
     lines = {(line["part"], line["weight"], line["attack"], line["scoring"]): line for line in results["lines"]}
-    weights = ("1:0", "1:1")
+    weights = ("1:0", "0:1")
     assert set(lines) == {
         *(("fusion", w, a, s) for w in weights for a in ("none", "itm", "fog") for s in ("itc", "itm", "itm+cosine")),
         *(("clip", w, a, "itc") for w in weights for a in ("none", "itc")),
@@ -53,7 +53,7 @@ def test_every_cell_and_going_on(fastmat: Fastmat, out: Path) -> None:  # noqa: 
             product = values[f"survival_{way}"] * (values[f"accuracy_{way}"] or 0) / 100
             assert values[f"{way}@1"] == pytest.approx(product)
     page = (out / "README.md").read_text()
-    assert "TeCoA-ITR, ranked by ITM + cosine" in page and "| fog, 1:1 |" in page
+    assert "TeCoA-ITR, ranked by ITM + cosine" in page and "| fog, 0:1 |" in page
     assert (out / "report.html").read_text().count("<svg") == 6
     assert sorted(file.name for file in out.glob("*.svg")) == [
         "clip-ir1.svg", "clip-tr1.svg", "fusion-ir1.svg", "fusion-stages-ir.svg", "fusion-stages-tr.svg",
@@ -117,4 +117,5 @@ def test_weights_and_inner_attacks() -> None:
     mat = Component(name="mat", arguments={"pairs": {"adv-clean": 0.5}, "distances": {"image-adv-teacher": 0.1}})
     weighed = weighed_defence(mat, (1.6, 0.4))
     assert weighed["pairs"] == {"adv-clean": 0.8}
-    assert weighed["distances"] == {"image-adv-teacher": pytest.approx(0.04)}
+    assert weighed["distances"] == {"image-adv-teacher": pytest.approx(0.04)} and "trains" not in weighed
+    assert weighed_defence(mat, (0.0, 2.0))["trains"] == ["image"]

@@ -69,8 +69,7 @@ def test_resolved_config_is_plain_and_can_be_read_back(base: str) -> None:
         (["threat.norm=l1"], "{file}: threat: norm: input should be 'linf' or 'l2', got 'l1'"),
         (
             ["model=ViT-B-16"],
-            "{file}: model: unknown name 'ViT-B-16'; "
-            "known: albef, albef_ve, blip, blip_captioner, ",
+            "{file}: model: unknown name 'ViT-B-16'; known: albef, albef_ve, blip, blip_captioner, ",
         ),
         (["data=[1]"], "{file}: data: expected a name or {{name: ..., argument: ...}}, got [1]"),
         (["limit=0"], "{file}: limit: input should be greater than 0, got 0"),

@@ -66,11 +66,12 @@ def standalone(svg: str) -> str:
 
 def page(results: StudyResults, sections: Sequence[Section]) -> str:
     """README.md: the same tables as the page's."""
-    seeds = len(results.lines[0].by_seed)
+    count = len(results.lines[0].by_seed)
+    seeds = "1 seed" if count == 1 else f"{count} seeds"
     parts = [
         f"# {TITLE}",
         GUIDE,
-        f"{results.dataset}: {results.n_images} images, {results.n_captions} captions, {seeds} seeds; "
+        f"{results.dataset}: {results.n_images} images, {results.n_captions} captions, {seeds}; "
         f"{results.environment['device']}, torch {results.environment['torch']}.",
     ]
     for section in sections:

@@ -29,11 +29,13 @@ EPS, STEP, STEPS, MOMENTUM = 4 / 255, 1 / 255, 10, 0.9
 
 def job(setting: Setting, split: Split, pairs: Pairs) -> Job:
     model, teacher = setting.unfrozen, setting.model
-    optimizer = torch.optim.AdamW(trained_parameters(model, ("image",)), lr=0.0)
+    trained = trained_parameters(model, ("image",))
+    optimizer, fused = (torch.optim.AdamW(trained, lr=0.0, fused=fused) for fused in (False, True))
 
     def plain(kind: str, dtype: Dtype, step: Step, gated: Step | None = None) -> Contestant:
+        own = fused if kind == "tuned" else optimizer
         return Contestant(
-            kind=kind, dtype=dtype, step=step, model=model, optimizer=optimizer, watched=(teacher,), gated=gated
+            kind=kind, dtype=dtype, step=step, model=model, optimizer=own, watched=(teacher,), gated=gated
         )
 
     def published(*, momentum: float, clamp: bool) -> Step:
@@ -85,7 +87,7 @@ def job(setting: Setting, split: Split, pairs: Pairs) -> Job:
                 return distance(embeds, original)
 
             with split("outer"):
-                return Stepped(x, batch.texts, updated(optimizer, outer_loss))
+                return Stepped(x, batch.texts, updated(fused, outer_loss))
 
         return run
 

@@ -30,11 +30,12 @@ LENGTH = 77  # BERT pieces that the text attack reads
 
 def job(setting: Setting, split: Split, pairs: Pairs) -> Job:
     model = setting.unfrozen
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    optimizer, fused = (torch.optim.AdamW(model.parameters(), lr=0.0, fused=fused) for fused in (False, True))
     bert, tokenizer = setting.unfrozen_bert, setting.tokenizer
 
     def plain(kind: str, dtype: Dtype, step: Step, like: str = "published") -> Contestant:
-        return Contestant(kind=kind, dtype=dtype, step=step, model=model, optimizer=optimizer, like=like)
+        own = fused if kind == "tuned" else optimizer
+        return Contestant(kind=kind, dtype=dtype, step=step, model=model, optimizer=own, like=like)
 
     def published(batch: Batch, draws: Draws) -> Stepped:
         words = Published(model=model, bert=bert, tokenizer=tokenizer, length=LENGTH, part="features", with_graph=False)
@@ -78,7 +79,7 @@ def job(setting: Setting, split: Split, pairs: Pairs) -> Job:
                     value = attacked_clip_loss(features, own, clean, model.logit_scale).sum()
                     x = moved(x, torch.autograd.grad(value, x)[0], x0, eps=EPS, step_size=STEP)
             with split("outer"):
-                loss = updated(optimizer, lambda: outer_loss(x, tokens, dtype))
+                loss = updated(fused, lambda: outer_loss(x, tokens, dtype))
             return Stepped(x, texts, loss)
 
         return run

@@ -118,7 +118,9 @@ def make_engine(
 
 
 def adamw(parameters: list[nn.Parameter], settings: TrainSettings) -> torch.optim.AdamW:
-    return torch.optim.AdamW(decay_groups(parameters, settings.weight_decay), lr=settings.lr, betas=settings.betas)
+    """Fused: one pass over memory, on a CPU too, where the plain one makes a dozen and a wait per tensor."""
+    groups = decay_groups(parameters, settings.weight_decay)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
 
 
 class Replicated:
@@ -166,7 +168,7 @@ class Replicated:
     def load_moments(self, moments: Mapping[str, Tensor], *, updates: int) -> None:
         for name, parameter in self.trained.items():
             own = {key: moments[f"{key}/{name}"].to(parameter.device, copy=True) for key in MOMENTS}
-            self.optimizer.state[parameter] = {"step": torch.tensor(float(updates)), **own}
+            self.optimizer.state[parameter] = {"step": torch.tensor(float(updates), device=parameter.device), **own}
 
 
 def set_rate(optimizer: Any, rate: float) -> None:

@@ -103,7 +103,7 @@ class Zero:
         zero = self._zero
         for flat in zero.single_partition_of_fp32_groups if self.stage < 3 else zero.fp32_partitioned_groups_flat:
             empty = {key: torch.zeros_like(flat) for key in MOMENTS}
-            zero.optimizer.state[flat] = {"step": torch.tensor(float(updates)), **empty}
+            zero.optimizer.state[flat] = {"step": torch.tensor(float(updates), device=flat.device), **empty}
         for name, (flat, there, here, count) in self._pieces().items():
             for key in MOMENTS:
                 whole = moments[f"{key}/{name}"].flatten()

@@ -6,7 +6,7 @@ matching head, and by both. What the shortlist keeps is told apart from what the
 no matching head, the second term is the distance of image embeddings to those of the original model.
 
     fastmat study itc-weight --out runs/itc-weight
-    fastmat study itc-weight --config study-itc-weight-coco --out runs/itc-weight-coco
+    fastmat study itc-weight --config itc-weight-coco-study --out runs/itc-weight-coco
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ from fastmat.studies.results import Line, StudyResults
 from fastmat.studies.trained import Trained, trained, untrained
 from fastmat.training.mlm import train_mlm
 
-CONFIG = "study-itc-weight"
+CONFIG = "itc-weight-study"
 SUM = 2.0  # of both weights, whatever their ratio: as large a loss as published, 1:1
 Weight = tuple[Number, Number]
 

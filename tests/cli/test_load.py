@@ -8,6 +8,7 @@ from fastmat.build import Component
 from fastmat.cli.config import AttackConfig, EvalConfig, QuickstartConfig, Section, TaskConfig, TrainConfig
 from fastmat.cli.load import load_config, plain, shipped
 from fastmat.errors import UserError
+from fastmat.studies import itc_weight
 
 BASE = "model: tiny\ndata: {name: digits, split: test}\nattack: {name: pgd, steps: 3}\n"
 
@@ -132,6 +133,7 @@ def schema_of(name: str) -> type[Section]:
         "eval": EvalConfig,
         "task": TaskConfig,
         "quickstart": QuickstartConfig,
+        "study": itc_weight.Config,
     }
     return kinds[name.rsplit("-", 1)[-1]]
 
@@ -141,6 +143,7 @@ def test_shipped_configs_are_valid_and_open_with_their_command(name: str) -> Non
     load_config(schema_of(name), name)
     first = (Path(__file__).parents[2] / "configs" / f"{name}.yaml").read_text().splitlines()[0]
     command = name.rsplit("-", 1)[-1]
+    command += " itc-weight" if command == "study" else ""
     assert first.startswith(f"# fastmat {command} " + ("" if name == "quickstart" else f"--config {name} "))
 
 
@@ -157,4 +160,4 @@ def test_shipped_configs_cover_what_the_readme_promises() -> None:
         for task in ("train", "eval")
     ]
     tasks = ["albef-refcoco-task", "albef-snli-ve-task", "blip-coco-captions-task"]
-    assert shipped() == sorted([*sets, *fused, *tasks, "quickstart"])
+    assert shipped() == sorted([*sets, *fused, *tasks, "itc-weight-study", "itc-weight-coco-study", "quickstart"])

@@ -37,6 +37,7 @@ def test_every_command_has_help_with_its_keys(fastmat: Fastmat) -> None:
         "quickstart": ["choose_eps: list of float (required)", "harden.train.steps: int (required)"],
         "export": ["data: one of json, digits, image_folder", "SET"],
         "report": ["DIR"],
+        "study": ["one of itc-weight", "fusion.rerank_k: int (required)", "weights: list of", "corruption"],
         "bench": ["--only NAME", "benchmarks/results/WHAT"],
         "env": ["versions"],
     }

@@ -1,8 +1,8 @@
 """Corruptions of images (ImageNet-C, Hendrycks and Dietterich, ICLR 2019), as an attack value like any other.
 
-Written out from the published constants: `imagecorruptions` 1.1.2, of 2020, is not importable beside setuptools 82 and
-later (it needs pkg_resources), and with an older one fog, glass blur and Gaussian blur fail on NumPy 2 and scikit-image
-0.26, and impulse noise cannot be seeded. Its pictures of frost are used where it is installed.
+Written out from the published constants: `imagecorruptions` 1.1.2, of 2020, is not importable beside setuptools 84,
+which has no pkg_resources; with an older one its fog and glass blur fail on NumPy 2.4 and scikit-image 0.26, and its
+impulse noise cannot be seeded. Its pictures of frost are used where it is installed.
 """
 
 from __future__ import annotations

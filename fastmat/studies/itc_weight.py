@@ -224,6 +224,7 @@ class Study:
 
     def run(self) -> StudyResults:
         """Train, attack, rank, and write results.json, README.md, report.html and plots."""
+        (self.out / "models").mkdir(parents=True, exist_ok=True)  # the sign that there is something to go on with
         if self.config.mlm is None and self.config.mlm_steps and not (self.out / "mlm").exists():
             say("masked language model")
             train_mlm(self.training_captions, self.out / "mlm", seed=0, steps=self.config.mlm_steps)

@@ -13,10 +13,11 @@ from fastmat.studies.outcomes import read_outcome
 
 FOG = "fog: {name: corruption, kind: fog, severity: 2}"
 TINY = [
-    "mlm_steps=null", "weights=[[1, 0], [0, 1]]", "limit=10", "train_limit=24", "test_batch_size=5", "fusion.model.widths=[8, 8]",
+    "mlm_steps=null", "weights=[[1, 0], [0, 1]]", "limit=10", "train_limit=24", "test_batch_size=5",
+    "fusion.model.widths=[8, 8]",
     "fusion.defences={tecoa_itr: {name: tecoa_itr, steps: 1}}",
     f"fusion.attacks={{itm: {{name: pgd, steps: 1, objective: itm}}, {FOG}}}", "clip.model.widths=[8, 8]",
-    "clip.defences={mat: {name: mat, steps: 1, text_search: embedding_space, distances: {image-adv-teacher: 0.1}}}",
+    "clip.defences.mat={name: mat, steps: 1, text_search: embedding_space, distances: {image-adv-teacher: 0.1}}",
     "clip.pretrain=null", "clip.attacks={itc: {name: pgd, steps: 1}}",
 ]  # fmt: skip
 

@@ -38,7 +38,7 @@ def draw(runs: Sequence[TrainRun]) -> Figure:
     for axes, run in zip(panels[:, 0], runs, strict=True):
         panel(axes, run)
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=7.5)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=7.5)
     panels[-1, 0].set_xlabel("milliseconds per pair")
     figure.suptitle(f"{runs[0][0].machine}, {where(runs[0][0])}", fontsize=9)
     return figure
@@ -53,8 +53,9 @@ def panel(axes: Axes, run: TrainRun) -> None:
             left += wide
         if row.floor is not None:
             axes.vlines(row.floor / row.pairs, place - 0.45, place + 0.45, color="#2b3138", linewidth=1.2)
-        axes.text(left, place, f" {per_pair:.3g}", va="center", fontsize=7)
+        axes.text(left, place, f" {per_pair:,.0f}" if per_pair >= 1000 else f" {per_pair:.3g}", va="center", fontsize=7)
     axes.set_yticks(range(len(run)), [f"{row.kind}, {row.dtype}" for row in run], fontsize=7)
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.set_title(f"{run[0].attack} (black: the floor)", loc="left", fontsize=8.5)
+    floor = "" if all(row.floor is None for row in run) else " (black: the floor)"
+    axes.set_title(run[0].attack + floor, loc="left", fontsize=8.5)

@@ -19,8 +19,8 @@ GUIDE = (
     "retrieval. ITC ranks by cosine; ITM and ITM + cosine put its shortlist in order by the matching head. Survival: "
     "a right answer is on the shortlist still, which bounds recall after re-ranking; accuracy: of those that survive, "
     "the share that the scoring puts first. Drop: the share of the clean recall that is gone. A term of weight 0 is "
-    "not trained: at 1:0 the matching head is the start's, at 0:1 the cosine follows an encoder that moves without it. In "
-    "percent, each with a 95 % bootstrap interval over seeds and images."
+    "not trained: at 1:0 the matching head is the start's, at 0:1 the cosine follows an encoder that moves without it. "
+    "In percent, each with a 95 % bootstrap interval over seeds and images."
 )
 PARTS = {"fusion": "A fusion model: contrast and matching (ITC:ITM)", "clip": "A dual encoder: contrast and distance"}
 SCORINGS = {"itc": "ITC", "itm": "ITM", "itm+cosine": "ITM + cosine"}

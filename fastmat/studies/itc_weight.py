@@ -268,6 +268,7 @@ class Study:
             "rerank_k": rerank and rerank.k,
             "batch_size": self.config.test_batch_size,
             "seed": cell.seed,
+            **({"mlm": self.config.mlm} if self.config.mlm else {}),
         }
         wanted: dict[str, Component | None] = {"none": None, **part.attacks}
         inputs = {
@@ -321,7 +322,13 @@ class Study:
         else:
             told = {"defence": weighed_defence(defence, weight)}
         folder = self.out / "models" / cell.part / f"seed-{cell.seed}" / cell.label
-        return trained(start, {**self.shared(part, cell.seed), "train": part.train, **told}, folder, source=CONFIG)
+        return trained(
+            start,
+            {**self.shared(part, cell.seed), "train": part.train, **told},
+            folder,
+            mlm=self.config.mlm,
+            source=CONFIG,
+        )
 
     def start(self, name: str, part: Part, seed: int) -> Trained:
         """Where all models of a part and a seed begin."""
@@ -339,7 +346,13 @@ class Study:
         if isinstance(part, FusionPart):
             told["matching"] = {**(part.matching or {}), "itc": SUM / 2, "itm": SUM / 2}
         folder = self.out / "models" / name / f"seed-{seed}" / "start"
-        return trained(begin, {**self.shared(part, seed), "train": part.pretrain, **told}, folder, source=CONFIG)
+        return trained(
+            begin,
+            {**self.shared(part, seed), "train": part.pretrain, **told},
+            folder,
+            mlm=self.config.mlm,
+            source=CONFIG,
+        )
 
     def shared(self, part: Part, seed: int) -> dict[str, Any]:
         """What all training runs of a part and a seed are told."""

@@ -39,15 +39,16 @@ def untrained(model: Component) -> Trained:
     return Trained(model=model, key=config_fingerprint(model.plain()))
 
 
-def trained(start: Trained, values: Mapping[str, Any], folder: Path, *, source: str) -> Trained:
+def trained(start: Trained, values: Mapping[str, Any], folder: Path, *, mlm: str | None, source: str) -> Trained:
     """`start` trained as `values`, a train config without its model, say; below `folder`, where it may be finished.
 
-    A run that was stopped goes on. source: what the config is called in errors. Raises what `train_model` does.
+    A run that was stopped goes on. mlm: the language model that a user named; None: the study's own. source: what the
+    config is called in errors. Raises what `train_model` does.
     """
     told = {**values, "model": start.component().plain()}
     config = validate(TrainConfig, told, source=source)
     # Not where the start lies: a study that was moved is the same study.
-    key = config_fingerprint({**told, "model": start.key, "mlm": None, "candidate_cache": None})
+    key = config_fingerprint({**told, "model": start.key, "mlm": mlm, "candidate_cache": None})
     folder = folder.with_name(f"{folder.name}-{key[:8]}")
     if not (folder / WEIGHTS).exists():
         begun = bool(checkpoints(folder / "checkpoints"))

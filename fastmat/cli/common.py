@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable, Mapping
+import signal
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,6 +21,7 @@ from fastmat.errors import UserError
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.models.weights import weights_hash
 from fastmat.text.candidate_cache import CandidateCache
+from fastmat.training import interrupt
 
 if TYPE_CHECKING:
     from fastmat.text.mlm import MaskedLanguageModel
@@ -26,6 +29,20 @@ if TYPE_CHECKING:
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C, after everything finished was saved; the message says what, and how to resume."""
+
+
+@contextmanager
+def going_on(out: Path) -> Iterator[None]:
+    """For commands of several trainings: a stop inside says how to go on; SIGTERM, a scheduler's, is no error."""
+    said = f"what is done is in {out}; the same command with --resume goes on"
+    try:
+        yield
+    except interrupt.Interrupted as stopped:
+        if stopped.asked_by != signal.SIGTERM:
+            raise Interrupted(said) from stopped
+        print(f"stopped; {said}")
+    except KeyboardInterrupt as error:
+        raise Interrupted(said) from error
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, *, resume: bool) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmat.build import DATASETS, build_data, build_threat, parse
-from fastmat.cli.common import Interrupted, check_out
+from fastmat.cli.common import check_out, going_on
 from fastmat.cli.config import EvalConfig, QuickstartConfig, TrainConfig
 from fastmat.cli.eval import evaluate_models
 from fastmat.cli.keys import describe
@@ -54,12 +54,10 @@ def run(arguments: argparse.Namespace) -> None:
         override(values, text)
     config = validate(QuickstartConfig, values, source=arguments.config)
     check_out(arguments.out, resume=arguments.resume, sign="config.json")
-    try:
+    with going_on(arguments.out):
         results, eps = Quickstart(config, arguments.out).run()
-    except KeyboardInterrupt as error:
-        raise Interrupted(f"what is done is in {arguments.out}; the same command with --resume goes on") from error
-    print(f"\neps = {eps * 255:g}/255, chosen on the validation split\n\n{table(results.rows)}\n")
-    print(arguments.out / "report.html")
+        print(f"\neps = {eps * 255:g}/255, chosen on the validation split\n\n{table(results.rows)}\n")
+        print(arguments.out / "report.html")
 
 
 class Quickstart:

@@ -15,12 +15,11 @@ import argparse
 from importlib import import_module
 from pathlib import Path
 
-from fastmat.cli.common import Interrupted, check_out
+from fastmat.cli.common import check_out, going_on
 from fastmat.cli.keys import describe
 from fastmat.cli.load import override, put, read_yaml, validate
 from fastmat.cli.parser import Parser
 from fastmat.errors import UserError, nearest
-from fastmat.training import interrupt
 
 # A study is a module above the commands that it is made of: `CONFIG`, the name of its config; `Config`, the schema;
 # `run(config, out)`.
@@ -53,9 +52,5 @@ def run(arguments: argparse.Namespace) -> None:
         override(values, text)
     config = validate(study.Config, values, source=source)
     check_out(arguments.out, resume=arguments.resume, sign="models")
-    try:
+    with going_on(arguments.out):
         study.run(config, arguments.out)
-    except interrupt.Interrupted:  # SIGTERM: what a scheduler asks for is done, and is no error
-        print(f"stopped; what is done is in {arguments.out}; the same command with --resume goes on")
-    except KeyboardInterrupt as error:
-        raise Interrupted(f"what is done is in {arguments.out}; the same command with --resume goes on") from error

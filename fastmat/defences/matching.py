@@ -116,6 +116,11 @@ class Matching:
             self.memory.check(len(self._every.image_group), len(self._every.text_group))
         if not self.settings.itm:
             return views
+        if views.shifts and getattr(model, "rereads_text", False):
+            raise UserError(
+                "embedding_space moves the embeddings of tokens, and this model embeds a text anew to match it: take "
+                "word_substitution, or set itm: 0"
+            )
         uniform = [uniform_of_texts(draws, f"negative_{side}", batch) for side in ("image", "text")]
         match = partial(self._pairs_to_fuse, batch.txt2img, uniform)
         return replace(views, match=match, borrows=self.settings.negatives_across)

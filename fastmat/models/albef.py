@@ -25,6 +25,7 @@ class Albef(Matcher):
     """Implements `fastmat.models.protocol.FusionModel`, with random weights."""
 
     ranks_with_cosine = False
+    rereads_text = False
 
     def __init__(self, *, sizes: FusionSizes, tokenizer: Tokenizer, context_length: int) -> None:
         super().__init__(sizes=sizes, tokenizer=tokenizer, context_length=context_length)

@@ -64,6 +64,7 @@ class Blip(Matcher):
     """
 
     ranks_with_cosine = True
+    rereads_text = True
 
     def __init__(
         self, *, sizes: FusionSizes, tokenizer: Tokenizer, context_length: int, match_token: MatchToken = "enc"

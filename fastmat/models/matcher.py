@@ -30,7 +30,7 @@ from fastmat.types import ImageTransform
 
 class Matcher(nn.Module):
     """With random weights. A model adds its text encoder, `encode_tokens`; the `fusion` and what enters it,
-    `fusion_input`; and `ranks_with_cosine`. That makes it a `fastmat.models.protocol.FusionModel`.
+    `fusion_input`; `ranks_with_cosine` and `rereads_text`. That makes it a `fastmat.models.protocol.FusionModel`.
 
     The first token of every state is its class token. temp: the temperature, whose inverse is the logit scale; it is
     the parameter that trains, as published. Raises UserError for a context_length that the text encoder has not.
@@ -40,6 +40,7 @@ class Matcher(nn.Module):
     std: Tensor
     fusion: FusionEncoder
     ranks_with_cosine: bool
+    rereads_text: bool
 
     def __init__(self, *, sizes: FusionSizes, tokenizer: Tokenizer, context_length: int) -> None:
         super().__init__()

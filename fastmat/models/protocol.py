@@ -213,12 +213,14 @@ class FusionModel(VisionLanguageModel, Protocol):
 
     The first token of an image or text state, and of the fused one, is its class token.
     mean, std: [3, 1, 1], what `encode_image` normalises with. ranks_with_cosine: whether re-ranking, as published, adds
-    the cosine to the matching logit (BLIP) or takes the logit alone (ALBEF).
+    the cosine to the matching logit (BLIP) or takes the logit alone (ALBEF). rereads_text: whether a text's ids are
+    embedded anew to match it (BLIP), so that `TextTokens.shift` does not reach the match.
     """
 
     mean: Tensor
     std: Tensor
     ranks_with_cosine: bool
+    rereads_text: bool
 
     def fuse(self, image: ImageState, text: TextState, owner: Tensor | None = None, maps: bool = False) -> FusionState:
         """States of P pairs; states are reusable across calls.

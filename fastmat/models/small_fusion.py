@@ -38,6 +38,7 @@ class SmallFusion(Matcher):
     those of ALBEF wait for thousands of steps; fusion and heads are ALBEF's."""
 
     ranks_with_cosine = False
+    rereads_text = False
 
     def __init__(self, *, sizes: FusionSizes, widths: Sequence[int], tokenizer: Tokenizer, context_length: int) -> None:
         super().__init__(sizes=sizes, tokenizer=tokenizer, context_length=context_length)

@@ -163,7 +163,12 @@ class Replicated:
     def moments(self) -> dict[str, Tensor]:
         if not self.accelerator.is_main_process:
             return {}
-        return {f"{key}/{name}": self.optimizer.state[p][key] for name, p in self.trained.items() for key in MOMENTS}
+        state = self.optimizer.state  # empty for a parameter that no term has reached yet
+        return {
+            f"{key}/{name}": state[p][key] if state[p] else torch.zeros_like(p)
+            for name, p in self.trained.items()
+            for key in MOMENTS
+        }
 
     def load_moments(self, moments: Mapping[str, Tensor], *, updates: int) -> None:
         for name, parameter in self.trained.items():

@@ -91,8 +91,13 @@ class FullySharded:
         return self._on_first(dict(self.model.state_dict()))
 
     def moments(self) -> dict[str, Tensor]:
-        state = self.optimizer.state
-        return self._on_first({f"{key}/{name}": state[p][key] for name, p in self.trained.items() for key in MOMENTS})
+        state = self.optimizer.state  # empty for a parameter that no term has reached yet
+        found = {
+            f"{key}/{name}": state[p][key] if state[p] else torch.zeros_like(p)
+            for name, p in self.trained.items()
+            for key in MOMENTS
+        }
+        return self._on_first(found)
 
     def load_moments(self, moments: Mapping[str, Tensor], *, updates: int) -> None:
         for name, parameter in self.trained.items():

@@ -39,6 +39,10 @@ def test_refusals(fastmat: Fastmat, tmp_path: Path) -> None:
         (["defence=fare", MATCHING], "matching: FARE contrasts no images with texts"),
         (["defence=finetune", "matching={queue: 12}"], "multiple of the global batch of 8 images, got 12; take 8"),
         (["defence=finetune", "matching={queues: 12}"], "unknown key 'queues'"),
+        (
+            ["defence={name: mat, text_search: embedding_space, order: independent}", "matching={queue: 16}"],
+            "this model embeds a text anew to match it: take word_substitution, or set itm: 0",
+        ),
     ):
         code, _, error = fastmat("train", *RUN, *changed, train, "--out", tmp_path / "run")
         assert code == 2 and said in error, error

@@ -100,3 +100,13 @@ def test_classes_need_labels(fastmat: Fastmat, tmp_path: Path) -> None:
         code, _, error = fastmat("train", *RUN, f"data={CAPTIONS}", f"defence={defence}", "--out", tmp_path / "run")
         assert code == 2
         assert "the captions of this set are no class labels" in error
+
+
+def test_a_tower_that_no_term_reaches_stays_and_is_saved(fastmat: Fastmat, tmp_path: Path) -> None:
+    """Distances of images alone: the text tower has no gradient, so AdamW has no moments of it."""
+    defence = "{name: mat, text_search: embedding_space, pairs: {}, distances: {image-adv-clean: 1}}"
+    weights = trained(fastmat, tmp_path / "run", CAPTIONS, defence)
+    assert towers_moved(weights) == {"image"}
+    moments = load_file(tmp_path / "run" / "checkpoints" / "step-00000002" / "optimizer.safetensors")
+    untouched = [value for key, value in moments.items() if "/text_" in key]
+    assert untouched and not any(value.any() for value in untouched)

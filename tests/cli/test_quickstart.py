@@ -1,6 +1,7 @@
 """The quickstart with next to no training: stages run once, finished ones are kept, validation chooses eps."""
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from fastmat.cli import quickstart
 from fastmat.cli.config import EvalConfig, QuickstartConfig
 from fastmat.cli.load import load_config
 from fastmat.evaluation.results import Results, Row, Threat, read_results
+from fastmat.training import interrupt
 
 Fastmat = Callable[..., tuple[int, str, str]]
 TINY = [
@@ -82,3 +84,15 @@ def row_of(attack: str, eps: float, tr_at_1: float) -> Row:
     counts = {"n_images": 6, "n_captions": 30, "max_words_changed": 1}
     measured = {"ci": {}, "max_distance": eps, "seconds": 1.0, "pairs_per_s": 1.0}
     return Row.model_validate({**setting, "attack": attack, "threat": Threat(eps=eps), **rates, **counts, **measured})
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_stop_says_how_to_go_on(
+    fastmat: Fastmat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: signal.Signals, code: int
+) -> None:
+    def stopped(self: quickstart.Quickstart) -> None:
+        raise interrupt.Interrupted(tmp_path / "checkpoint", sent)
+
+    monkeypatch.setattr(quickstart.Quickstart, "run", stopped)
+    got, shown, error = fastmat("quickstart", *TINY, "--out", tmp_path / "quick")
+    assert got == code and "the same command with --resume goes on" in shown + error

@@ -65,11 +65,21 @@ def test_every_registered_name_leads_to_a_typed_signature(path: str) -> None:
     assert all(annotation is not None for annotation, _ in known.values())
 
 
-@pytest.mark.parametrize("name", build.ATTACKS)
+BUDGETED = [name for name, path in build.ATTACKS.items() if build.locate(path).budgeted]
+
+
+@pytest.mark.parametrize("name", BUDGETED)
 def test_every_attack_takes_budgets_and_seed_from_outside(name: str) -> None:
     attack = build_attack(Component(name=name), threat=THREAT, mlm=tiny_mlm, seed=7)
     assert attack.threat == THREAT
     assert attack.seed == 7
+
+
+def test_perturbations_keep_no_budget_and_take_the_seed() -> None:
+    component = Component(name="corruption", arguments={"kind": "fog"})
+    attack = build_attack(component, threat=THREAT, mlm=no_mlm, seed=7)
+    assert (attack.threat.eps, attack.threat.max_words, attack.seed) == (0.0, 0, 7)
+    assert set(build.ATTACKS) - set(BUDGETED) == {"corruption", "stylize", "text_perturbation"}
 
 
 @pytest.mark.parametrize("name", build.DEFENCES)

@@ -16,7 +16,7 @@ from fastmat.cli.config import EvalConfig, Victim
 from fastmat.cli.encoded import Encoded
 from fastmat.cli.ensembles import Ensembles, Judged, measured_of, warn_of_gradients, warn_of_square
 from fastmat.cli.load import plain
-from fastmat.cli.making import make_set, plan_set
+from fastmat.cli.making import drop_begun, make_set, plan_set
 from fastmat.cli.planning import Cell
 from fastmat.cli.rows import Rows
 from fastmat.cli.showcase import Showcase
@@ -275,13 +275,7 @@ class Cells:
         self.rows.finish()
         self.ensembles.finish(self.rows.results.rows)
         self.showcase.keep({row.setting() for row in self.rows.results.rows})
-        for file in self.out.glob(f"sets/*/*/{MANIFEST}"):
-            begun = read_json(file, Manifest)
-            if begun.n_done < begun.n_images:
-                shutil.rmtree(file.parent)
-        for folder in (*self.out.glob("sets/*"), self.out / "sets"):
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+        drop_begun(self.out)
 
     def load(self, component: Component, *, where: str, rerank: Rerank | None = None) -> Encoded:
         model = build_model(component, device=self.device, where=where)

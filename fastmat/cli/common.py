@@ -32,6 +32,17 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
+def keeping_rows(out: Path) -> Iterator[None]:
+    """For commands that write row by row: Ctrl-C inside says whether there is anything to go on with."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        file = out / "results.json"
+        said = f"finished rows are in {file}; the same command with --resume goes on" if file.exists() else None
+        raise Interrupted(said or "no row was finished, nothing was written") from error
+
+
+@contextmanager
 def going_on(out: Path) -> Iterator[None]:
     """For commands of several trainings: a stop inside says how to go on; SIGTERM, a scheduler's, is no error."""
     said = f"what is done is in {out}; the same command with --resume goes on"

@@ -19,14 +19,14 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from fastmat.build import check_weights, resolve_device
+from fastmat.build import resolve_device
 from fastmat.cli.cells import Cells
 from fastmat.cli.common import (
-    Interrupted,
     MlmLoader,
     add_config_arguments,
     build_engine,
     check_out,
+    keeping_rows,
     open_candidates,
     tell_candidates,
 )
@@ -35,7 +35,7 @@ from fastmat.cli.ensembles import Ensembles
 from fastmat.cli.keys import describe
 from fastmat.cli.load import load_config, plain
 from fastmat.cli.parser import Parser
-from fastmat.cli.planning import plan_cells
+from fastmat.cli.planning import SPEED_KEYS, check_models, plan_cells
 from fastmat.cli.processes import is_first_process
 from fastmat.cli.rows import Rows
 from fastmat.cli.showcase import Showcase
@@ -44,8 +44,6 @@ from fastmat.cli.together import stoppable, together
 from fastmat.evaluation.adversarial_set import AdversarialSet
 from fastmat.evaluation.results import Results, environment
 from fastmat.report.html import write_report
-
-SPEED_KEYS = ("batch_size", "workers", "image_cache", "candidate_cache", "keep_sets")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -56,12 +54,8 @@ def add_arguments(parser: Parser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     config = load_config(EvalConfig, arguments.config, arguments.settings)
     check_out(arguments.out, resume=arguments.resume, sign="results.json")
-    try:
+    with keeping_rows(arguments.out):
         results = evaluate_models(config, arguments.out, resume=arguments.resume)
-    except KeyboardInterrupt as error:
-        file = arguments.out / "results.json"
-        said = f"finished rows are in {file}; the same command with --resume goes on" if file.exists() else None
-        raise Interrupted(said or "no row was finished, nothing was written") from error
     if is_first_process():
         print(table(results.rows))
         print(arguments.out / "report.html")
@@ -71,10 +65,7 @@ def evaluate_models(config: EvalConfig, out: Path, *, resume: bool = False) -> R
     """Every row that `config` asks for, in `out/results.json`, and the report."""
     device = resolve_device(config.device)
     engine = build_engine(config.engine, device)
-    for label, victim in config.victims.items():
-        check_weights(victim.model, where=f"victims.{label}.model")
-    for label, model in config.surrogates.items():
-        check_weights(model, where=f"surrogates.{label}")
+    check_models(config)
     cache = open_candidates(config.candidate_cache)
     with together() as processes, stoppable() as stop_asked:
         device = processes.device(device)

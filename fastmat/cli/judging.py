@@ -20,7 +20,7 @@ from fastmat.cli.encoded import Encoded
 from fastmat.cli.ensembles import Variant
 from fastmat.cli.fitting import FitSet, fit_set
 from fastmat.cli.load import plain
-from fastmat.cli.making import files_of, inputs_of, make_set, plan_set
+from fastmat.cli.making import drop_begun, files_of, inputs_of, make_set, plan_set
 from fastmat.cli.rows import Rows
 from fastmat.cli.together import Processes
 from fastmat.data.loader import EvaluationBatches, evaluation_batches
@@ -49,7 +49,7 @@ class Answers:
 
 @dataclass(kw_only=True)
 class Judging:
-    """What all rows of a run share. attacks: of `attack_variants`.
+    """What all rows of a run share. attacks: of `single_variants`.
 
     stop_asked: whether Ctrl-C or SIGTERM came; the batch or row at hand is finished, then KeyboardInterrupt is raised.
     Other processes than the first take part in attacks only.
@@ -247,13 +247,7 @@ class Judging:
         """Drop what earlier runs with other inputs have left: rows, examples, sets that were only begun."""
         self.rows.finish()
         self.album.keep({row.setting() for row in self.rows.results.rows})
-        for file in self.out.glob(f"sets/*/*/{MANIFEST}"):
-            begun = read_json(file, Manifest)
-            if begun.n_done < begun.n_images:
-                shutil.rmtree(file.parent)
-        for folder in (*self.out.glob("sets/*"), self.out / "sets"):
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+        drop_begun(self.out)
 
     def load(self, component: Component, *, where: str) -> Encoded:
         model = build_model(component, device=self.device, where=where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -21,10 +22,10 @@ from fastmat.cli.together import Processes
 from fastmat.data.loader import EvaluationBatches
 from fastmat.data.retrieval import RetrievalSet
 from fastmat.errors import UserError
-from fastmat.evaluation.adversarial_set import AdversarialSetWriter
+from fastmat.evaluation.adversarial_set import MANIFEST, AdversarialSetWriter
 from fastmat.evaluation.evaluate import Attacked, run_attack
 from fastmat.evaluation.manifest import Manifest, config_fingerprint, sha256
-from fastmat.evaluation.results import Threat
+from fastmat.evaluation.results import Threat, read_json
 from fastmat.evaluation.subset import pick, picked
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.text.candidate_cache import CandidateCache
@@ -195,3 +196,14 @@ def at_place(attacked: Attacked, place: int) -> Attacked:
     """The same, its images counted from `place` on: an adversarial set of some images is a set of its own."""
     index = torch.arange(place, place + len(attacked.pairs))
     return replace(attacked, pairs=replace(attacked.pairs, index=index))
+
+
+def drop_begun(out: Path) -> None:
+    """Remove the sets below `out` that were only begun: nobody wants them any more once all rows stand."""
+    for file in out.glob(f"sets/*/*/{MANIFEST}"):
+        begun = read_json(file, Manifest)
+        if begun.n_done < begun.n_images:
+            shutil.rmtree(file.parent)
+    for folder in (*out.glob("sets/*"), out / "sets"):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()

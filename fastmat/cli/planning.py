@@ -8,7 +8,7 @@ from typing import Any
 
 from fastmat.attacks.base import Attack
 from fastmat.attacks.engine import Engine
-from fastmat.build import build_data, build_threat
+from fastmat.build import build_data, build_threat, check_weights
 from fastmat.cli.common import MlmLoader
 from fastmat.cli.config import EvalConfig, TaskConfig
 from fastmat.cli.ensembles import Ensemble, Variant, split
@@ -19,6 +19,9 @@ from fastmat.errors import UserError
 from fastmat.evaluation.subset import draw_rows
 from fastmat.text.candidate_cache import CandidateCache
 from fastmat.types import ThreatModel
+
+# Keys that decide nothing about a row.
+SPEED_KEYS = ("batch_size", "workers", "image_cache", "candidate_cache", "keep_sets")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,25 +48,17 @@ class Plan:
     ensembles: Mapping[str, Sequence[str]]
 
 
+def check_models(config: EvalConfig | TaskConfig) -> None:
+    """Raise UserError for a file of weights that is not there, before anything is loaded."""
+    for label, victim in config.victims.items():
+        check_weights(victim.model, where=f"victims.{label}.model")
+    for label, model in config.surrogates.items():
+        check_weights(model, where=f"surrogates.{label}")
+
+
 def plan_cells(config: EvalConfig, *, mlm: MlmLoader, engine: Engine, cache: CandidateCache | None) -> Plan:
     """Raises UserError on whatever of `config` cannot be done, where that is known before a model is loaded."""
-    built = {
-        label: [
-            (
-                component,
-                *attack_with_hash(
-                    component,
-                    threat=threat,
-                    mlm=mlm,
-                    seed=config.seed,
-                    candidate_cache=cache,
-                    where=f"attacks.{label}",
-                ),
-            )
-            for threat in radii(config)
-        ]
-        for label, component in config.attacks.items()
-    }
+    built = attack_variants(config, mlm=mlm, cache=cache)
     parts = split(built, config.subset)
     dataset = build_data(config.data, limit=config.limit)
     for label, count in config.subset.items():
@@ -101,19 +96,29 @@ def plan_cells(config: EvalConfig, *, mlm: MlmLoader, engine: Engine, cache: Can
     )
 
 
-def attack_variants(config: TaskConfig, *, mlm: MlmLoader, cache: CandidateCache | None) -> dict[str, list[Variant]]:
-    """Label to the same attack at every radius, the main one first. Raises UserError for an ensemble: its row would be
-    the worst case over its runs, which only retrieval has."""
+def attack_variants(
+    config: EvalConfig | TaskConfig, *, mlm: MlmLoader, cache: CandidateCache | None
+) -> dict[str, list[Variant]]:
+    """Label to the same attack at every radius, the main one first."""
     made: dict[str, list[Variant]] = {}
     for label, component in config.attacks.items():
-        where = f"attacks.{label}"
         for threat in radii(config):
             attack, sha256 = attack_with_hash(
-                component, threat=threat, mlm=mlm, seed=config.seed, candidate_cache=cache, where=where
+                component, threat=threat, mlm=mlm, seed=config.seed, candidate_cache=cache, where=f"attacks.{label}"
             )
-            if isinstance(attack, Ensemble):
-                raise UserError(f"{where}: {component.name} is several attacks; name those that you want, one by one")
             made.setdefault(label, []).append((component, attack, sha256))
+    return made
+
+
+def single_variants(config: TaskConfig, *, mlm: MlmLoader, cache: CandidateCache | None) -> dict[str, list[Variant]]:
+    """The same. Raises UserError for an ensemble: its row would be the worst case over its runs, which only retrieval
+    has."""
+    made = attack_variants(config, mlm=mlm, cache=cache)
+    for label, ((component, attack, _), *_) in made.items():
+        if isinstance(attack, Ensemble):
+            raise UserError(
+                f"attacks.{label}: {component.name} is several attacks; name those that you want, one by one"
+            )
     return made
 
 

@@ -16,13 +16,13 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from fastmat.build import build_task, check_weights, resolve_device
+from fastmat.build import build_task, resolve_device
 from fastmat.cli.common import (
-    Interrupted,
     MlmLoader,
     add_config_arguments,
     build_engine,
     check_out,
+    keeping_rows,
     open_candidates,
     tell_candidates,
 )
@@ -31,15 +31,13 @@ from fastmat.cli.judging import Judging
 from fastmat.cli.keys import describe
 from fastmat.cli.load import load_config, plain
 from fastmat.cli.parser import Parser
-from fastmat.cli.planning import attack_variants
+from fastmat.cli.planning import SPEED_KEYS, check_models, single_variants
 from fastmat.cli.processes import is_first_process
 from fastmat.cli.rows import Rows
 from fastmat.cli.together import stoppable, together
 from fastmat.evaluation.results import environment
 from fastmat.report.tasks import table, write_task_report
 from fastmat.tasks.results import TaskResults
-
-SPEED_KEYS = ("batch_size", "workers", "image_cache", "candidate_cache", "keep_sets")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -50,12 +48,8 @@ def add_arguments(parser: Parser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     config = load_config(TaskConfig, arguments.config, arguments.settings)
     check_out(arguments.out, resume=arguments.resume, sign="results.json")
-    try:
+    with keeping_rows(arguments.out):
         results = judge_task(config, arguments.out, resume=arguments.resume)
-    except KeyboardInterrupt as error:
-        file = arguments.out / "results.json"
-        said = f"finished rows are in {file}; the same command with --resume goes on" if file.exists() else None
-        raise Interrupted(said or "no row was finished, nothing was written") from error
     if is_first_process():
         print(table(results.rows))
         print(arguments.out / "report.html")
@@ -65,15 +59,12 @@ def judge_task(config: TaskConfig, out: Path, *, resume: bool = False) -> TaskRe
     """Every row that `config` asks for, in `out/results.json`, and the report."""
     device = resolve_device(config.device)
     engine = build_engine(config.engine, device)
-    for label, victim in config.victims.items():
-        check_weights(victim.model, where=f"victims.{label}.model")
-    for label, model in config.surrogates.items():
-        check_weights(model, where=f"surrogates.{label}")
+    check_models(config)
     cache = open_candidates(config.candidate_cache)
     with together() as processes, stoppable() as stop_asked:
         device = processes.device(device)
         mlm = MlmLoader(config.mlm, device)
-        attacks = attack_variants(config, mlm=mlm, cache=cache)
+        attacks = single_variants(config, mlm=mlm, cache=cache)
         task = build_task(config.task)
         resolved = {key: value for key, value in plain(config).items() if key not in SPEED_KEYS}
         resolved["mlm_sha256"] = mlm.sha256

@@ -116,7 +116,7 @@ class Matching:
             self.memory.check(len(self._every.image_group), len(self._every.text_group))
         if not self.settings.itm:
             return views
-        if views.shifts and getattr(model, "rereads_text", False):
+        if views.shifts and fuses(model) and model.rereads_text:
             raise UserError(
                 "embedding_space moves the embeddings of tokens, and this model embeds a text anew to match it: take "
                 "word_substitution, or set itm: 0"

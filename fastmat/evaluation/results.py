@@ -86,6 +86,10 @@ class Setting(BaseModel):
             return {**data, "white_box": data.get("surrogate") == data.get("victim")}
         return data
 
+    def setting(self) -> Setting:
+        """What was evaluated."""
+        return Setting(**{name: getattr(self, name) for name in Setting.model_fields})
+
 
 class Row(Setting):
     """A setting and what was measured; see the module's docstring."""
@@ -111,10 +115,6 @@ class Row(Setting):
     seconds: float | None = Field(ge=0)
     pairs_per_s: float | None = Field(ge=0)
     inputs: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
-
-    def setting(self) -> Setting:
-        """What was evaluated."""
-        return Setting(**{name: getattr(self, name) for name in Setting.model_fields})
 
     def value(self, metric: str) -> float | None:
         """A rate by its name in the file, "tr@1" ... "asr_ir@10"."""

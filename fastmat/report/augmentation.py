@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from fastmat.augment.results import Estimate, SourceReport
 from fastmat.evaluation.results import write_atomic
+from fastmat.report.page import page
 from fastmat.report.plots import STYLE, colours, to_svg
 
 NAMES = {
@@ -54,15 +53,7 @@ def write_augmentation_report(
 
 def render_augmentation(reports: Sequence[SourceReport], *, title: str, about: Mapping[str, Any]) -> str:
     """The page. Every text out of the data is escaped."""
-    page = Environment(
-        loader=PackageLoader("fastmat.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return page.get_template("augment.html.jinja").render(
-        style=resources.files("fastmat.report").joinpath("style.css").read_text(),
+    return page("augment").render(
         title=title,
         header=[name for _, name, _ in PROPERTIES],
         lines=[

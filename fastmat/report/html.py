@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from fastmat.evaluation.results import Examples, Results, read_examples, read_results, write_atomic
-from fastmat.report.labels import attack_name, marked_words, radius, victim_name
 from fastmat.report.matrix import matrices
+from fastmat.report.page import page
 from fastmat.report.perturbations import perturbation_drops
 from fastmat.report.plots import attacks_plot, eps_plot, training_plot
 from fastmat.report.tables import COLUMNS, tables
@@ -30,18 +27,8 @@ def write_report(folder: Path) -> Path:
 
 def render(results: Results, examples: Examples) -> str:
     """The page. Every text out of the data is escaped: captions and names are not trusted."""
-    page = Environment(
-        loader=PackageLoader("fastmat.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page.filters |= {"attack_name": attack_name, "victim_name": victim_name}
-    page.globals |= {"marked_words": marked_words, "radius": radius}
     made = tables(results.rows)
-    return page.get_template("report.html.jinja").render(
-        style=resources.files("fastmat.report").joinpath("style.css").read_text(),
+    return page("report").render(
         tables=made,
         columns=COLUMNS,
         matrices=[matrices(table.rows) for table in made],

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from fastmat.report.page import page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,15 +54,7 @@ class Section:
 
 def render_study(title: str, guide: str, sections: Sequence[Section], *, about: Mapping[str, Any]) -> str:
     """The page. Every text is escaped; plots stand as they are."""
-    page = Environment(
-        loader=PackageLoader("fastmat.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return page.get_template("study.html.jinja").render(
-        style=resources.files("fastmat.report").joinpath("style.css").read_text(),
+    return page("study").render(
         title=title,
         guide=guide,
         sections=sections,

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from fastmat.evaluation.results import read_json, write_atomic
 from fastmat.report.html import pretty
-from fastmat.report.labels import attack_name, defence_name, marked_words, radius, source, victim_name, words
+from fastmat.report.labels import attack_name, defence_name, radius, source, victim_name, words
+from fastmat.report.page import page
 from fastmat.report.plots import STYLE, colours, to_svg
 from fastmat.report.tables import grouped
 from fastmat.tasks.results import TaskExamples, TaskResults, TaskRow
@@ -55,19 +54,9 @@ def write_task_report(folder: Path) -> Path:
 
 def render_task(results: TaskResults, examples: TaskExamples) -> str:
     """The page. Every text out of the data is escaped."""
-    page = Environment(
-        loader=PackageLoader("fastmat.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page.filters |= {"attack_name": attack_name, "victim_name": victim_name}
-    page.globals |= {"marked_words": marked_words, "radius": radius}
     header = columns(results.rows)
     first = results.rows[0] if results.rows else None
-    return page.get_template("tasks.html.jinja").render(
-        style=resources.files("fastmat.report").joinpath("style.css").read_text(),
+    return page("tasks").render(
         task=results.task,
         about=ABOUT.get(results.task, ""),
         title=f"{first.dataset}, {first.split}: {first.n_rows:,} rows, {first.n_images:,} images" if first else "",

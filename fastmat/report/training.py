@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fastmat.evaluation.results import write_atomic
 from fastmat.report.labels import defence_name
+from fastmat.report.page import page
 from fastmat.report.plots import COLOURS, STYLE, legend, to_svg
 from fastmat.training.results import LoggedStep, TrainingLog, Validated, read_log
 
@@ -40,16 +39,8 @@ def write_training_report(folder: Path, *, about: Mapping[str, Any]) -> Path:
 
 def render_training(log: TrainingLog, *, about: Mapping[str, Any]) -> str:
     """The page. Every text out of the run is escaped."""
-    page = Environment(
-        loader=PackageLoader("fastmat.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     best = log.best()
-    return page.get_template("training.html.jinja").render(
-        style=resources.files("fastmat.report").joinpath("style.css").read_text(),
+    return page("training").render(
         title=title_of(about),
         facts=facts(log),
         validation=validation_plot(log.validated, best),

@@ -31,10 +31,6 @@ class TaskRow(Setting):
     seconds: float | None = Field(default=None, ge=0)
     inputs: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
 
-    def setting(self) -> Setting:
-        """What was evaluated."""
-        return Setting(**{name: getattr(self, name) for name in Setting.model_fields})
-
 
 class TaskResults(BaseModel):
     model_config = STRICT

@@ -45,6 +45,7 @@ MODELS = {
     "small": "fastmat.models.small:small_clip",
     "tiny": "fastmat.models.tiny:tiny_clip",
     "small_fusion": "fastmat.models.small_fusion:small_fusion",
+    "fused_clip": "fastmat.models.fused_clip:fused_clip",
     "albef": "fastmat.models.albef:load_albef",
     "blip": "fastmat.models.blip:load_blip",
     "tiny_albef": "fastmat.models.tiny_fusion:tiny_albef",

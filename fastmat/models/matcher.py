@@ -33,7 +33,9 @@ class Matcher(nn.Module):
     `fusion_input`; `ranks_with_cosine` and `rereads_text`. That makes it a `fastmat.models.protocol.FusionModel`.
 
     The first token of every state is its class token. temp: the temperature, whose inverse is the logit scale; it is
-    the parameter that trains, as published. Raises UserError for a context_length that the text encoder has not.
+    the parameter that trains, as published.
+    image_tower: normalised [B, 3, H, W] to tokens [B, N, D]; None: a vision transformer of these sizes.
+    Raises UserError for a context_length that the text encoder has not.
     """
 
     mean: Tensor
@@ -42,11 +44,18 @@ class Matcher(nn.Module):
     ranks_with_cosine: bool
     rereads_text: bool
 
-    def __init__(self, *, sizes: FusionSizes, tokenizer: Tokenizer, context_length: int) -> None:
+    def __init__(
+        self,
+        *,
+        sizes: FusionSizes,
+        tokenizer: Tokenizer,
+        context_length: int,
+        image_tower: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         if not 3 <= context_length <= sizes.positions:
             raise UserError(f"context_length must be between 3 and the model's {sizes.positions}, got {context_length}")
-        self.image_tower = VisionTransformer(
+        self.image_tower = image_tower or VisionTransformer(
             image_size=sizes.image_size,
             patch=sizes.patch,
             width=sizes.image_width,

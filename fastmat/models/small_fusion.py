@@ -16,6 +16,14 @@ from fastmat.models.small import ConvTower, WordTower
 from fastmat.models.tokenizers import HashTokenizer, WordTokenizer
 
 
+def scale_to_width(*modules: nn.Module) -> None:
+    """Redraw linear weights: BERT's standard deviation is meant for its width, in a narrow layer nothing would pass."""
+    for part in modules:
+        for module in part.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+
+
 class GridTower(nn.Module):
     """Convolutions to tokens [B, 1 + cells, W]: the whole grid as the class token, then its cells."""
 
@@ -41,10 +49,8 @@ class SmallFusion(Matcher):
     rereads_text = False
 
     def __init__(self, *, sizes: FusionSizes, widths: Sequence[int], tokenizer: Tokenizer, context_length: int) -> None:
-        super().__init__(sizes=sizes, tokenizer=tokenizer, context_length=context_length)
-        self.image_tower = GridTower(  # type: ignore[assignment]
-            image_size=sizes.image_size, widths=widths, width=sizes.image_width
-        )
+        tower = GridTower(image_size=sizes.image_size, widths=widths, width=sizes.image_width)
+        super().__init__(sizes=sizes, tokenizer=tokenizer, context_length=context_length, image_tower=tower)
         self.text_tower = WordTower(
             vocabulary_size=sizes.vocabulary,
             context_length=context_length,
@@ -60,10 +66,7 @@ class SmallFusion(Matcher):
             image_width=sizes.image_width,
             dropout=0.0,
         )
-        # BERT's standard deviation is meant for its width; in a narrow model nothing would reach the head.
-        for module in (*self.fusion.modules(), self.image_projection, self.text_projection):
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        scale_to_width(self.fusion, self.image_projection, self.text_projection)
 
     @property
     def token_embedding(self) -> nn.Embedding:

@@ -26,6 +26,7 @@ from fastmat.data.shards import ShardBatches, ShardSet
 from fastmat.defences.base import Defence
 from fastmat.defences.inner import TextSearch
 from fastmat.errors import UserError, nearest
+from fastmat.guards.base import Guard
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.quirks import Quirks
 from fastmat.text.candidates import CandidateSource
@@ -53,6 +54,7 @@ MODELS = {
     "albef_ve": "fastmat.models.albef_ve:load_albef_ve",
     "blip_captioner": "fastmat.models.blip_captioner:load_blip_captioner",
     "tiny_albef_ve": "fastmat.models.tiny_fusion:tiny_albef_ve",
+    "guarded": "fastmat.guards.guarded:Guarded",
 }
 ATTACKS = {
     "pgd": "fastmat.attacks.pgd:PGD",
@@ -123,6 +125,12 @@ DATASETS = {
     "image_folder": "fastmat.data.labelled:image_folder",
     "labelled_digits": "fastmat.data.labelled:labelled_digits",
 }
+GUARDS = {
+    "jpeg": "fastmat.guards.jpeg:JPEG",
+    "resize_pad": "fastmat.guards.resize_pad:ResizePad",
+    "frequency_masking": "fastmat.guards.frequency_masking:FrequencyMasking",
+    "ttc": "fastmat.guards.ttc:TTC",
+}
 TASKS = {
     "grounding": "fastmat.tasks.grounding:Grounding",
     "captioning": "fastmat.tasks.captioning:Captioning",
@@ -142,6 +150,8 @@ SEAMS: dict[type, Mapping[str, str]] = {
     Objective: OBJECTIVES,
     TextSearch: TEXT_SEARCHES,
     CandidateSource: CANDIDATES,
+    VisionLanguageModel: MODELS,  # of a model inside a model
+    Guard: GUARDS,
 }
 Given = Mapping[str, Callable[[], object]]
 # Made from other sections, so no argument of a component: `max_words` stands in `threat`, with the rest of the budget.
@@ -249,7 +259,11 @@ def converted(value: Any, annotation: Any, *, where: str, given: Given | None) -
     seam = next((SEAMS[kind] for kind in kinds if kind in SEAMS), None)
     if seam is not None and value is not None:
         component = parse(value, seam, where=where)
-        return component if given is None else build(seam, component, where=where, given=given)
+        if given is None:
+            return component
+        if seam is MODELS:
+            return build_model(component, where=where)
+        return build(seam, component, where=where, given=given)
     adapter: TypeAdapter[Any] = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
     try:
         return adapter.validate_python(value)
@@ -338,6 +352,8 @@ def check_weights(component: Component, *, where: str) -> None:
     weights = component.arguments.get("weights")
     if weights is not None and not Path(weights).is_file():
         raise at(where, f"weights file {weights} does not exist")
+    if isinstance(inner := component.arguments.get("model"), Mapping):
+        check_weights(parse(inner, MODELS, where=f"{where}.model"), where=f"{where}.model")
 
 
 def build_mlm(folder: str | None, *, device: torch.device | str = "cpu") -> MaskedLanguageModel:

@@ -16,7 +16,7 @@ ORDER = (
     ("models",),
     ("data", "text"),
     ("attacks",),
-    ("defences", "augment"),
+    ("defences", "guards", "augment"),
     ("perturbations",),  # attacks, some made of generators; built by name
     ("training", "evaluation"),
     ("tasks",),
@@ -36,7 +36,16 @@ NARROW = {
     "report": {"evaluation.results", "augment.results", "training.results", "tasks.results"},
 }
 # These see models through the protocol and through files of weights, never a concrete class.
-WITHOUT_CONCRETE_MODELS = ("attacks", "defences", "augment", "perturbations", "training", "evaluation", "tasks")
+WITHOUT_CONCRETE_MODELS = (
+    "attacks",
+    "defences",
+    "guards",
+    "augment",
+    "perturbations",
+    "training",
+    "evaluation",
+    "tasks",
+)
 ABSTRACT_MODELS = {"models.protocol", "models.sharding", "models.weights"}
 TOPS = ("fastmat", "kernels", "configs", "benchmarks")
 FILES = sorted(file for top in TOPS for file in ROOT.glob(f"{top}/**/*.py"))

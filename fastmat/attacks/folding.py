@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastmat.models.protocol import VisionLanguageModel
+from fastmat.models.protocol import VisionLanguageModel, unguarded
 from fastmat.models.sharding import whole
 
 PROBED = 2  # images of noise that the folded tower must map as the plain one does
@@ -41,6 +41,7 @@ def folded(model: VisionLanguageModel) -> Iterator[None]:
     The parameters stay what and where they are: two methods per pair are replaced. A model without such pairs, and
     one whose norms use the statistics of the batch, runs as it is.
     """
+    model = unguarded(model)  # a guard may be random, and run the encoder many times
     assert isinstance(model, nn.Module)
     if model not in _pairs and any(map(_foldable, model.modules())):
         with torch.autocast(model.logit_scale.device.type, enabled=False):  # bf16 would not agree with itself

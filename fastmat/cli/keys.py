@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from pydantic_core import PydanticUndefined
 
 from fastmat import quirks
-from fastmat.build import CANDIDATES, OBJECTIVES, SEAMS, TEXT_SEARCHES, Component, locate, parameters_of
+from fastmat.build import CANDIDATES, GUARDS, OBJECTIVES, SEAMS, TEXT_SEARCHES, Component, locate, parameters_of
 from fastmat.cli.config import Fields, OneOf, Section
 from fastmat.defences.inner import TextSearch
 from fastmat.text.candidates import CandidateSource
@@ -46,6 +46,9 @@ def describe(schema: type[Section]) -> str:
             lines += ["  every one of them also takes: parity=correct|official, quirks={name: value}"]
         if registry.title == "models":
             lines += ["  every one of them also takes: weights=FILE, which `fastmat train` wrote"]
+            lines += ["", "guards:"]
+            for name, factory in GUARDS.items():
+                lines += component_help(name, factory)
     if any(registry.title in ("attacks", "defences") for registry in registries):
         lines += ["", "quirks:", *quirk_help()]
         parts_by_title = {

@@ -284,5 +284,10 @@ def entails(model: VisionLanguageModel) -> TypeGuard[EntailmentModel]:
     return hasattr(model, "entailment_head")
 
 
+def unguarded(model: VisionLanguageModel) -> VisionLanguageModel:
+    """The model behind a test-time guard (`fastmat.guards`), or the model itself."""
+    return getattr(model, "unguarded", model)
+
+
 def captions_images(model: VisionLanguageModel) -> TypeGuard[CaptioningModel]:
     return hasattr(model, "caption_losses")

@@ -52,10 +52,13 @@ class Section:
     tables: Sequence[Table]
 
 
-def render_study(title: str, guide: str, sections: Sequence[Section], *, about: Mapping[str, Any]) -> str:
-    """The page. Every text is escaped; plots stand as they are."""
+def render_study(
+    title: str, guide: str, sections: Sequence[Section], *, about: Mapping[str, Any], answer: str = ""
+) -> str:
+    """The page; answer: what was found, in a few sentences. Every text is escaped; plots stand as they are."""
     return page("study").render(
         title=title,
+        answer=answer,
         guide=guide,
         sections=sections,
         about=json.dumps(dict(about), indent=2, ensure_ascii=False),

@@ -9,6 +9,7 @@ from pathlib import Path
 from fastmat.evaluation.results import write_atomic
 from fastmat.report.labels import ATTACKS, DEFENCES
 from fastmat.report.study import Rate, Section, Table, render_study
+from fastmat.studies.itc_weight_answer import answer
 from fastmat.studies.itc_weight_plots import Names, part_plots
 from fastmat.studies.results import Line, StudyResults
 
@@ -52,12 +53,13 @@ def write_study(out: Path, results: StudyResults) -> None:
             Section(title=PARTS[part], plots=[(svg, caption) for svg, caption in drawn.values()], tables=tables(own))
         )
     about = {"environment": results.environment, "config": results.config}
+    found = answer(results.lines, adversarial=[*OWN, "sga"], scorings=SCORINGS, defences=DEFENCES)
     content = json.dumps(results.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomic(out / "results.json", content.encode())
     for name, (svg, _) in plots.items():
         write_atomic(out / f"{name}.svg", standalone(svg).encode())
-    write_atomic(out / "README.md", page(results, sections).encode())
-    write_atomic(out / "report.html", render_study(TITLE, GUIDE, sections, about=about).encode())
+    write_atomic(out / "README.md", page(results, sections, answer=found).encode())
+    write_atomic(out / "report.html", render_study(TITLE, GUIDE, sections, about=about, answer=found).encode())
 
 
 def standalone(svg: str) -> str:
@@ -65,12 +67,13 @@ def standalone(svg: str) -> str:
     return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
 
 
-def page(results: StudyResults, sections: Sequence[Section]) -> str:
-    """README.md: the same tables as the page's."""
+def page(results: StudyResults, sections: Sequence[Section], *, answer: str) -> str:
+    """README.md: the same answer and tables as the page's."""
     count = len(results.lines[0].by_seed)
     seeds = "1 seed" if count == 1 else f"{count} seeds"
     parts = [
         f"# {TITLE}",
+        f"**{answer}**",
         GUIDE,
         f"{results.dataset}: {results.n_images} images, {results.n_captions} captions, {seeds}; "
         f"{results.environment['device']}, torch {results.environment['torch']}.",

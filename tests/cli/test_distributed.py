@@ -66,6 +66,23 @@ def test_two_processes_attack_to_the_result_of_one(settings: list[str], tmp_path
 
 
 @pytest.mark.distributed
+def test_two_processes_rerank_to_the_result_of_one(settings: list[str], tmp_path: Path) -> None:
+    """Fusion models, attacked through matching and ranked in two stages."""
+    victims = [f"victims.{name}={{model: {{name: tiny_{name}}}, rerank_k: 3}}" for name in ("albef", "blip")]
+    attack = "attacks.itm={name: pgd, steps: 2, objective: itm}"
+    words = [*settings, *victims, attack, "threat.eps=8/255", "resamples=20", "batch_size=2", "examples=0"]
+    assert main(["eval", *words, "--out", str(tmp_path / "one")]) == 0
+    ended = launch(["eval", *words, "--out", tmp_path / "two"])
+    assert ended.returncode == 0, ended.stderr
+    timing = {"seconds", "pairs_per_s"}
+    expected, found = (
+        [row.model_dump(exclude=timing) for row in read_results(tmp_path / p).rows] for p in ("one", "two")
+    )
+    assert expected == found
+    assert {(row["victim"], row["scoring"]) for row in found} == {("albef", "itm"), ("blip", "itm+cosine")}
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize(("rank", "kind"), [(0, "SIGTERM"), (1, "SIGTERM"), (1, "SIGKILL")])
 def test_a_process_that_stops_stops_all_and_the_set_goes_on(
     settings: list[str], tmp_path: Path, rank: int, kind: str

@@ -60,6 +60,7 @@ ATTACKS = {
     "pgd": "fastmat.attacks.pgd:PGD",
     "mi_fgsm": "fastmat.attacks.mi_fgsm:MIFGSM",
     "apgd": "fastmat.attacks.apgd:APGD",
+    "apgd_classes": "fastmat.attacks.apgd_classes:APGDClasses",
     "square": "fastmat.attacks.square:Square",
     "bert_attack": "fastmat.attacks.bert_attack:BertAttack",
     "sep": "fastmat.attacks.sep:SepAttack",
@@ -78,6 +79,7 @@ ATTACKS = {
 OBJECTIVES = {
     "contrastive": "fastmat.attacks.objectives:Contrastive",
     "margin": "fastmat.attacks.margin:Margin",
+    "dlr": "fastmat.attacks.dlr:DLR",
     "cosine": "fastmat.attacks.objectives:CosineToOwn",
     "kl": "fastmat.attacks.objectives:KLFromClean",
     "kl_fused": "fastmat.attacks.fusion:KLFusedFromClean",
@@ -124,6 +126,7 @@ DATASETS = {
     "digits": "fastmat.data.digits:digits_set",
     "image_folder": "fastmat.data.labelled:image_folder",
     "labelled_digits": "fastmat.data.labelled:labelled_digits",
+    "torchvision": "fastmat.data.torchvision_sets:torchvision_set",
 }
 GUARDS = {
     "jpeg": "fastmat.guards.jpeg:JPEG",
@@ -135,6 +138,7 @@ TASKS = {
     "grounding": "fastmat.tasks.grounding:Grounding",
     "captioning": "fastmat.tasks.captioning:Captioning",
     "entailment": "fastmat.tasks.entailment:Entailment",
+    "zero_shot": "fastmat.tasks.zero_shot:ZeroShot",
 }
 # Streamed, for sets that do not fit in memory: training reads them too, nothing else does.
 TRAINING_SETS = {**DATASETS, "shards": "fastmat.data.shards:open_shards"}
@@ -152,6 +156,7 @@ SEAMS: dict[type, Mapping[str, str]] = {
     CandidateSource: CANDIDATES,
     VisionLanguageModel: MODELS,  # of a model inside a model
     Guard: GUARDS,
+    RetrievalSet: DATASETS,
 }
 Given = Mapping[str, Callable[[], object]]
 # Made from other sections, so no argument of a component: `max_words` stands in `threat`, with the rest of the budget.

@@ -22,6 +22,7 @@ from fastmat.cli.fitting import FitSet, fit_set
 from fastmat.cli.load import plain
 from fastmat.cli.making import drop_begun, files_of, inputs_of, make_set, plan_set
 from fastmat.cli.rows import Rows
+from fastmat.cli.survivors import WORST, Outcome, Survivors, measured_of
 from fastmat.cli.together import Processes
 from fastmat.data.loader import EvaluationBatches, evaluation_batches
 from fastmat.data.retrieval import RetrievalSet
@@ -29,10 +30,11 @@ from fastmat.errors import UserError
 from fastmat.evaluation.adversarial_set import MANIFEST, AdversarialSet
 from fastmat.evaluation.manifest import Manifest, config_fingerprint
 from fastmat.evaluation.results import Setting, Threat, read_json
-from fastmat.tasks.base import Judged, Task
+from fastmat.tasks.base import Classifying, Judged, Task
 from fastmat.tasks.evaluate import Seen, judge_attacked, task_row
 from fastmat.tasks.results import TaskResults, TaskRow
 from fastmat.tasks.uncontrasted import check_surrogate, contrasts, no_context
+from fastmat.types import AttackContext
 
 
 class Answers:
@@ -82,6 +84,11 @@ class Judging:
         unfitted = [label for label, ((_, attack, _), *_) in self.attacks.items() if attack.needs_fit]
         return fit_set(self.config, self.data, needed_by=f"attacks.{unfitted[0]}" if unfitted else None)
 
+    @cached_property
+    def survivors(self) -> Survivors:
+        used = isinstance(self.task, Classifying) and len(self.attacks) > 1
+        return Survivors(self.out / "right", used=used)
+
     def judge(self, surrogates: Mapping[str, Component], victims: Mapping[str, TaskVictim]) -> None:
         """Rows of `victims`: clean, and attacked through each of `surrogates`."""
         loaded = {
@@ -105,6 +112,8 @@ class Judging:
                     show = variant is variants[0]
                     if not self.attack(label, variant, name, surrogate, judged, show=show):
                         break
+            if self.processes.first:
+                self.worst(name, judged)
 
     def clean(self, label: str, model: Encoded) -> Answers:
         """A victim's clean row."""
@@ -170,7 +179,8 @@ class Judging:
         inputs = {victim: self.inputs(answers.model, {"set": key}) for victim, answers in judged.items()}
 
         def missing() -> list[str]:
-            return [victim for victim in judged if self.rows.find(settings[victim], inputs[victim]) is None]
+            ready = {victim: self.survivors.ready(of) for victim, of in inputs.items()}
+            return [v for v in judged if not ready[v] or self.rows.find(settings[v], inputs[v]) is None]
 
         if self.processes.agreed(missing):
             self.make(folder, plan, attack, surrogate, fit_on)
@@ -182,10 +192,45 @@ class Judging:
                 shutil.rmtree(folder)
 
         def moved() -> bool:
-            found = [self.rows.find(settings[victim], inputs[victim]) for victim in judged]
-            return any(row.max_distance > 0 and row.threat.budgeted for row in found)
+            found = {victim: self.rows.find(settings[victim], inputs[victim]) for victim in judged}
+            self.survivors.outcomes.append(Outcome(surrogate=name, rows=found, inputs=inputs))
+            return any(row.max_distance > 0 and row.threat.budgeted for row in found.values())
 
         return self.processes.agreed(moved)
+
+    def worst(self, surrogate: str, judged: Mapping[str, Answers]) -> None:
+        """The rows of the worst case over the attacks through a surrogate, budget by budget."""
+        if not isinstance(self.task, Classifying):
+            return
+        for outcomes in self.survivors.cases(surrogate):
+            for victim, answers in judged.items():
+                rows, counted = zip(*((case.rows[victim], case.inputs[victim]) for case in outcomes), strict=True)
+                setting = rows[0].setting().model_copy(update={"attack": WORST})
+                inputs = self.inputs(answers.model, {"worst": counted})
+                if self.rows.find(setting, inputs) is not None:
+                    continue
+                right = self.survivors.right(counted)
+                if answers.clean.right is not None:
+                    right &= answers.clean.right
+                self.save(
+                    task_row(
+                        self.task,
+                        self.task.counted(right),
+                        setting=setting,
+                        resamples=self.config.resamples,
+                        inputs=inputs,
+                        clean=answers.clean,
+                        measured=measured_of(rows),
+                    )
+                )
+
+    def context(self, surrogate: Encoded) -> AttackContext:
+        """What attacks through a surrogate contrast with."""
+        if not contrasts(surrogate.model):
+            return no_context(self.device)
+        if isinstance(self.task, Classifying):
+            return self.task.context(surrogate.model, surrogate.batches)
+        return surrogate.context
 
     def make(self, folder: Path, plan: Manifest, attack: Attack, surrogate: Encoded, fit_on: FitSet | None) -> None:
         """The adversarial set, unless it is there."""
@@ -203,7 +248,7 @@ class Judging:
             engine=self.engine,
             batches=surrogate.batches,
             rows=range(self.data.n_images),
-            context=lambda: surrogate.context if contrasts(surrogate.model) else no_context(self.device),
+            context=lambda: self.context(surrogate),
             fit_on=fit_on,
             shard_images=self.config.batch_size,
             processes=self.processes,
@@ -224,6 +269,7 @@ class Judging:
         """A row, after its examples. show: the clean data as it was attacked."""
         seen = Seen(keep=self.album.wanted(answers.clean))
         told, measured = judge_attacked(self.task, answers.model.model, stored, clean=answers.clean, seen=seen)
+        self.survivors.write(inputs, told.right)
         if show is not None:
             self.album.add(setting, show, clean=answers.clean, seen=seen, told=told)
         self.save(
@@ -246,6 +292,7 @@ class Judging:
     def finish(self) -> None:
         """Drop what earlier runs with other inputs have left: rows, examples, sets that were only begun."""
         self.rows.finish()
+        self.survivors.finish(self.rows.results.rows)
         self.album.keep({row.setting() for row in self.rows.results.rows})
         drop_begun(self.out)
 

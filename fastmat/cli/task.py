@@ -1,6 +1,6 @@
-"""Judge models on a task other than retrieval, clean and attacked: grounding, captioning, entailment.
+"""Judge models on another task than retrieval: grounding, captioning, entailment, zero-shot classification.
 
-Writes results.json, examples.json and report.html. Every attack is run once on each surrogate and
+Clean and attacked. Writes results.json, examples.json and report.html. Every attack is run once on each surrogate and
 judged on all victims; without surrogates, each victim is attacked through its own gradients (white
 box). With --resume, whatever still has the same inputs is kept: rows, and what a killed run had
 attacked. Several processes (accelerate launch, torchrun) attack together.
@@ -8,6 +8,7 @@ attacked. Several processes (accelerate launch, torchrun) attack together.
     fastmat task --config albef-refcoco-task --out runs/grounding
     fastmat task --config albef-snli-ve-task --out runs/entailment
     fastmat task --config blip-coco-captions-task --out runs/captioning
+    fastmat task --config clip-zero-shot-task --out runs/zero-shot
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -50,18 +50,18 @@ def image_folder(
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
     if len(classes) < 2:
         raise UserError(f"{folder}: expected a folder for each of two classes or more, found {len(classes)}")
-    words = _names(names, classes)
+    prompts = fill(templates, class_names(names, classes))
     pictures = [_pictures(folder / name) for name in classes]
-    turns = itertools.zip_longest(*([(c, path) for path in paths] for c, paths in enumerate(pictures)))
-    rows = [row for turn in turns for row in turn if row is not None]
-    prompts = fill(templates, [words[name] for name in classes])
+    labels = [c for c, paths in enumerate(pictures) for _ in paths]
+    paths = [path for paths in pictures for path in paths]
+    order = in_turns(labels)
     return RetrievalSet(
         name=title,
         split=split,
-        captions=tuple(prompts[c] for c, _ in rows),
-        ids=tuple(path.relative_to(folder).as_posix() for _, path in rows),
-        group=tuple(c for c, _ in rows),
-        load=_Files(tuple(path for _, path in rows)),
+        captions=tuple(prompts[labels[row]] for row in order),
+        ids=tuple(paths[row].relative_to(folder).as_posix() for row in order),
+        group=tuple(labels[row] for row in order),
+        load=_Files(tuple(paths[row] for row in order)),
     )
 
 
@@ -123,14 +123,29 @@ def fill(templates: Sequence[str], names: Sequence[str]) -> tuple[tuple[str, ...
     return tuple(tuple(dict.fromkeys(template.replace("{}", name) for template in templates)) for name in names)
 
 
+def in_turns(labels: Sequence[int]) -> list[int]:
+    """Rows in an order in which the classes take turns, the rows of each in their own order.
+
+    >>> in_turns([0, 0, 0, 1, 2, 2])
+    [0, 3, 4, 1, 5, 2]
+    """
+    rows: dict[int, list[int]] = {}
+    for row, label in enumerate(labels):
+        rows.setdefault(label, []).append(row)
+    turns = itertools.zip_longest(*(rows[label] for label in sorted(rows)))
+    return [row for turn in turns for row in turn if row is not None]
+
+
 def _first_object(description: Description, label: DigitsLabel) -> str:
     digit, colour = description.first_digit, description.first_colour
     return {"digit": digit, "colour": f"{colour} digit", "object": f"{colour} {digit}"}[label]
 
 
-def _names(path: Path | None, classes: Sequence[str]) -> Mapping[str, str]:
+def class_names(path: Path | None, classes: Sequence[str]) -> list[str]:
+    """The words for each of `classes`, out of a JSON file; None: underscores as blanks. Raises UserError naming the
+    file: unreadable, or without one of them."""
     if path is None:
-        return {name: name.replace("_", " ") for name in classes}
+        return [name.replace("_", " ") for name in classes]
     try:
         words = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -141,8 +156,8 @@ def _names(path: Path | None, classes: Sequence[str]) -> Mapping[str, str]:
         raise UserError(f'{path}: expected {{"class folder": "its name", ...}}')
     missing = [name for name in classes if name not in words]
     if missing:
-        raise UserError(f"{path}: class folder '{missing[0]}' has no name there ({len(missing)} have none)")
-    return words
+        raise UserError(f"{path}: class '{missing[0]}' has no name there ({len(missing)} have none)")
+    return [words[name] for name in classes]
 
 
 def _pictures(folder: Path) -> list[Path]:

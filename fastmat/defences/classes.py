@@ -19,12 +19,14 @@ from fastmat.defences.base import Features
 from fastmat.defences.teacher import Teacher
 from fastmat.defences.terms import contrastive_between, of_everyone
 from fastmat.errors import UserError, nearest
+from fastmat.memory import Chunks
 from fastmat.models.protocol import ImageState, VisionLanguageModel
 from fastmat.ops import contrastive_statistics
 from fastmat.types import AttackContext, Batch
 
 Against = Literal["captions", "classes"]
 Prompts = tuple[tuple[str, ...], ...]
+AT_ONCE = 512  # prompts: 80 templates of 1,000 classes do not fit at once
 
 
 class ClassPrompts:
@@ -44,6 +46,7 @@ class ClassPrompts:
             raise UserError("class prompts are encoded once, so the text tower cannot train: set trains to ['image']")
         self.prompts = prompts
         self._label = {text: label for label, texts in enumerate(prompts) for text in texts}
+        self._chunks = Chunks(item="prompt", advice="encode on a device with more of it, or a smaller model")
         self._encoded: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
 
     def labels(self, batch: Batch) -> Tensor:
@@ -60,7 +63,9 @@ class ClassPrompts:
         """[C, E] unit features."""
         assert isinstance(model, nn.Module)
         if model not in self._encoded:
-            flat = text_features(model, [text for texts in self.prompts for text in texts]).float()
+            every = [text for texts in self.prompts for text in texts]
+            parts = self._chunks.run(len(every), lambda a, b: text_features(model, every[a:b]).float(), at_most=AT_ONCE)
+            flat = torch.cat(parts)
             means = [rows.mean(0) for rows in flat.split([len(texts) for texts in self.prompts])]
             self._encoded[model] = F.normalize(torch.stack(means), dim=-1)
         return self._encoded[model]

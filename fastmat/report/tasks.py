@@ -23,6 +23,8 @@ ABOUT = {
     "Accuracy in percent, by part of the data.",
     "captioning": "CIDEr and BLEU of the captions against those of humans, times 100.",
     "entailment": "Accuracy in percent over entailment, neutral and contradiction.",
+    "zero_shot": "Top-1 accuracy in percent: the picture's own class prompt is the nearest of all. Worst case: right "
+    "before and after every attack of the budget.",
 }
 
 

@@ -1,4 +1,5 @@
-"""What a model is for besides retrieval: visual grounding, captioning, visual entailment; clean and attacked.
+"""What a model is for besides retrieval: grounding, captioning, entailment, zero-shot classification; clean
+and attacked.
 
 A task is one file here with one class, and a line in `fastmat.build.TASKS`.
 """

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from fastmat.data.retrieval import RetrievalSet
 from fastmat.models.protocol import VisionLanguageModel
-from fastmat.types import Batch
+from fastmat.types import AttackContext, Batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +74,20 @@ class Task(Protocol):
 
     def judge(self, model: VisionLanguageModel, batches: Iterable[Batch]) -> Judged:
         """The model's answers to the first N rows, clean or attacked, in order; `Batch.index` says which."""
+        ...
+
+
+@runtime_checkable
+class Classifying(Task, Protocol):
+    """A task that tells classes apart: attacks contrast with them, and several attacks of one budget have a row for the
+    worst case over them."""
+
+    def context(self, model: VisionLanguageModel, batches: Iterable[Batch]) -> AttackContext:
+        """Frozen features of the classes and of the clean rows. batches: these rows."""
+        ...
+
+    def counted(self, right: Tensor) -> Judged:
+        """What right rows [N] bool amount to."""
         ...
 
 

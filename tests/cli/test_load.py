@@ -159,5 +159,5 @@ def test_shipped_configs_cover_what_the_readme_promises() -> None:
         for data in ("flickr30k", "coco")
         for task in ("train", "eval")
     ]
-    tasks = ["albef-refcoco-task", "albef-snli-ve-task", "blip-coco-captions-task"]
+    tasks = ["albef-refcoco-task", "albef-snli-ve-task", "blip-coco-captions-task", "clip-zero-shot-task"]
     assert shipped() == sorted([*sets, *fused, *tasks, "itc-weight-study", "itc-weight-coco-study", "quickstart"])

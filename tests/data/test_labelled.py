@@ -70,7 +70,7 @@ def test_what_is_wrong_with_a_folder(folder, tmp_path):
     with pytest.raises(UserError, match="is not JSON"):
         read(folder, names=names)
     names.write_text('{"dog": "hound", "tree": "oak"}')
-    with pytest.raises(UserError, match=r"class folder 'big_cat' has no name there \(1 have none\)"):
+    with pytest.raises(UserError, match=r"class 'big_cat' has no name there \(1 have none\)"):
         read(folder, names=names)
     names.write_text('{"dog": "oak", "tree": "oak", "big_cat": "lion"}')
     with pytest.raises(UserError, match="two classes are called 'oak'"):

@@ -1,9 +1,9 @@
-"""Judge models on another task than retrieval: grounding, captioning, entailment, zero-shot classification.
+"""Judge models on other tasks than retrieval: grounding, captioning, entailment, zero-shot classes.
 
-Clean and attacked. Writes results.json, examples.json and report.html. Every attack is run once on each surrogate and
-judged on all victims; without surrogates, each victim is attacked through its own gradients (white
-box). With --resume, whatever still has the same inputs is kept: rows, and what a killed run had
-attacked. Several processes (accelerate launch, torchrun) attack together.
+Clean and attacked; writes results.json, examples.json and report.html. Every attack is run once on
+each surrogate and judged on all victims; without surrogates, each victim is attacked through its
+own gradients (white box). With --resume, whatever still has the same inputs is kept: rows, and what
+a killed run had attacked. Several processes (accelerate launch, torchrun) attack together.
 
     fastmat task --config albef-refcoco-task --out runs/grounding
     fastmat task --config albef-snli-ve-task --out runs/entailment

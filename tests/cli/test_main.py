@@ -23,7 +23,7 @@ def test_every_command_has_help_with_its_keys(fastmat: Fastmat) -> None:
             "threat.eps: float = 2/255",
             "shard_size: int = 256",
             "candidate_cache: Path or null = null",
-            "fit_data: one of json, digits, image_folder, labelled_digits = null",
+            "fit_data: one of json, digits, image_folder, labelled_digits, torchvision = null",
         ],
         "pack": [
             "--images-per-shard N",

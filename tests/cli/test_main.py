@@ -28,7 +28,7 @@ def test_every_command_has_help_with_its_keys(fastmat: Fastmat) -> None:
         "pack": [
             "--images-per-shard N",
             "--index DIR",
-            "data: one of json, digits, image_folder, labelled_digits (required)",
+            "data: one of json, digits, image_folder, labelled_digits, torchvision (required)",
         ],
         "augment": ["--with GENERATOR", "--report", "generator: one of eda", "lexicon: Path (required)"],
         "train": ["defence: one of finetune", "train.lr: float = 1e-05", "captions_per_image: int = 1"],

@@ -46,6 +46,7 @@ def describe(schema: type[Section]) -> str:
             lines += ["  every one of them also takes: parity=correct|official, quirks={name: value}"]
         if registry.title == "models":
             lines += ["  every one of them also takes: weights=FILE, which `fastmat train` wrote"]
+        if registry.title == "models" and all(other.title != "guards" for other in registries):
             lines += ["", "guards:"]
             for name, factory in GUARDS.items():
                 lines += component_help(name, factory)

@@ -1,6 +1,7 @@
 """Answer a question by many trained and attacked models; a table, plots and a page.
 
 itc-weight  how the weight of the contrastive loss moves robustness, of fusion models and of CLIP
+test-time   what defences at test time claim, and what is left when the attack goes through them
 
     fastmat study itc-weight --out runs/itc-weight
     fastmat study itc-weight --out runs/short --short
@@ -23,7 +24,7 @@ from fastmat.errors import UserError, nearest
 
 # A study is a module above the commands that it is made of: `CONFIG`, the name of its config; `Config`, the schema;
 # `run(config, out)`.
-STUDIES = {"itc-weight": "fastmat.studies.itc_weight"}
+STUDIES = {"itc-weight": "fastmat.studies.itc_weight", "test-time": "fastmat.studies.test_time"}
 
 
 def add_arguments(parser: Parser) -> None:

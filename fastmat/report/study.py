@@ -12,7 +12,7 @@ from fastmat.report.page import page
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """A rate as text, with its interval; both are empty where there is none."""
+    """A rate as text, with its interval; both are empty where there is none, and other text has no interval."""
 
     value: str = ""
     interval: str = ""
@@ -26,7 +26,8 @@ class Rate:
         return cls(value=f"{value:.1f}", interval=f"{low:.1f} to {high:.1f}")
 
     def plain(self) -> str:
-        return f"{self.value} [{self.interval.replace(' to ', ', ')}]" if self.value else "-"
+        interval = f" [{self.interval.replace(' to ', ', ')}]" if self.interval else ""
+        return f"{self.value}{interval}" or "-"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """Answer a question by many trained and attacked models; a table, plots and a page.
 
-itc-weight  how the weight of the contrastive loss moves robustness, of fusion models and of CLIP
-test-time   what defences at test time claim, and what is left when the attack goes through them
+itc-weight         how the weight of the contrastive loss moves robustness
+channel-alignment  whether correcting shifted features helps, and must depend on the input
+test-time          what defences at test time claim, and what adaptive attacks leave of it
 
     fastmat study itc-weight --out runs/itc-weight
     fastmat study itc-weight --out runs/short --short
@@ -24,7 +25,11 @@ from fastmat.errors import UserError, nearest
 
 # A study is a module above the commands that it is made of: `CONFIG`, the name of its config; `Config`, the schema;
 # `run(config, out)`.
-STUDIES = {"itc-weight": "fastmat.studies.itc_weight", "test-time": "fastmat.studies.test_time"}
+STUDIES = {
+    "itc-weight": "fastmat.studies.itc_weight",
+    "channel-alignment": "fastmat.studies.channel_alignment",
+    "test-time": "fastmat.studies.test_time",
+}
 
 
 def add_arguments(parser: Parser) -> None:
@@ -38,7 +43,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def keys() -> str:
-    return "\n\n".join(f"{name}: {describe(import_module(module).Config)}" for name, module in STUDIES.items())
+    return "\n\n".join(f"{name}:\n{describe(import_module(module).Config)}" for name, module in STUDIES.items())
 
 
 def run(arguments: argparse.Namespace) -> None:

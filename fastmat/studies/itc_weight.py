@@ -21,14 +21,11 @@ from pydantic import Field, model_validator
 
 from fastmat.attacks.base import Attack
 from fastmat.build import (
-    MODELS,
     Component,
     build_attack,
     build_data,
     build_model,
     build_threat,
-    locate,
-    parameters_of,
     resolve_device,
 )
 from fastmat.cli.common import MlmLoader, open_candidates
@@ -64,7 +61,7 @@ from fastmat.studies.estimates import estimates
 from fastmat.studies.itc_weight_report import write_study
 from fastmat.studies.outcomes import read_outcome, write_outcome
 from fastmat.studies.results import Line, StudyResults
-from fastmat.studies.trained import Trained, trained, untrained
+from fastmat.studies.trained import Trained, started, trained, untrained
 from fastmat.training.mlm import train_mlm
 
 CONFIG = "itc-weight-study"
@@ -333,13 +330,7 @@ class Study:
     def start(self, name: str, part: Part, seed: int) -> Trained:
         """Where all models of a part and a seed begin."""
         seed = self.config.seeds[0] if part.one_start else seed
-        arguments = dict(part.model.arguments)
-        known = parameters_of(locate(MODELS[part.model.name]))
-        if "seed" in known:
-            arguments.setdefault("seed", seed)
-        if "vocabulary" in known and part.model.name.startswith("small"):
-            arguments.setdefault("vocabulary", self.words)
-        begin = untrained(Component(name=part.model.name, arguments=arguments))
+        begin = untrained(started(part.model, seed=seed, words=lambda: self.words))
         if part.pretrain is None:
             return begin
         told: dict[str, Any] = {"defence": "finetune"}

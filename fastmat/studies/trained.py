@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastmat.build import Component
+from fastmat.build import MODELS, Component, locate, parameters_of
 from fastmat.cli.config import TrainConfig
 from fastmat.cli.load import validate
 from fastmat.cli.train import train_model
@@ -33,6 +33,17 @@ class Trained:
         return Component(
             name=self.model.name, arguments={**self.model.arguments, "weights": str(self.folder / WEIGHTS)}
         )
+
+
+def started(model: Component, *, seed: int, words: Callable[[], Sequence[str]]) -> Component:
+    """`model` with the study's seed, and `words()` for its vocabulary where it is a small one; what it says stays."""
+    arguments = dict(model.arguments)
+    known = parameters_of(locate(MODELS[model.name]))
+    if "seed" in known:
+        arguments.setdefault("seed", seed)
+    if "vocabulary" in known and model.name.startswith("small") and "vocabulary" not in arguments:
+        arguments["vocabulary"] = list(words())
+    return Component(name=model.name, arguments=arguments)
 
 
 def untrained(model: Component) -> Trained:

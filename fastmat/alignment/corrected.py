@@ -1,0 +1,80 @@
+"""A model with corrections inside: it offers what the model offers, so every attack runs through them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from fastmat.alignment.pairs import NAMES
+from fastmat.errors import UserError
+from fastmat.models.protocol import Encoded, ImageState, TextTokens, VisionLanguageModel, fuses
+
+
+class TokensCorrected(nn.Module):
+    """A fusion model whose image tokens are corrected before anything fuses them; the rest is the model's own."""
+
+    model: VisionLanguageModel
+
+    def __init__(self, *, model: VisionLanguageModel, correction: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.correction = correction
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    def encode_image(self, images: Tensor) -> ImageState:
+        state = self.model.encode_image(images)
+        assert state.tokens is not None
+        return state._replace(tokens=self.correction(state.tokens))
+
+    def forward(self, images: Tensor | None, tokens: TextTokens | None) -> Encoded:
+        image = None if images is None else self.encode_image(images)
+        text = None if tokens is None else self.model.encode_text(tokens)
+        return Encoded(image, text, self.model.logit_scale)
+
+
+def corrected(model: VisionLanguageModel, corrections: Mapping[str, nn.Module]) -> VisionLanguageModel:
+    """A copy of `model` with `corrections`, by site, behind its projections and before its fusion; in eval mode.
+
+    The modules of `corrections` are not copied: what trains them later is seen. Raises UserError for tokens in a model
+    that does not fuse.
+    """
+    assert isinstance(model, nn.Module)
+    made = cast("VisionLanguageModel", copy.deepcopy(model).eval())
+    if "image" in corrections:
+        made.image_projection = nn.Sequential(made.image_projection, corrections["image"])
+    if "text" in corrections:
+        made.text_projection = nn.Sequential(made.text_projection, corrections["text"])
+    if "tokens" in corrections:
+        check_sites(model, ("tokens",))
+        made = cast("VisionLanguageModel", TokensCorrected(model=made, correction=corrections["tokens"]))
+    for module in corrections.values():
+        module.eval()
+    return made
+
+
+def check_sites(model: VisionLanguageModel, sites: tuple[str, ...]) -> None:
+    """Raise UserError for a site that `model` lacks."""
+    if "tokens" in sites and not fuses(model):
+        raise UserError(
+            f"sites: {type(model).__name__} fuses no image tokens, which 'tokens' would correct; keep to image and text"
+        )
+
+
+def check_widths(corrections: Mapping[str, nn.Module], widths: Mapping[str, int], *, source: str) -> None:
+    """Raise UserError for a correction made for features of another width. source: where it came from."""
+    for site, module in corrections.items():
+        if site in widths and module.width != widths[site]:
+            raise UserError(
+                f"{source} corrects {module.width} channels, but the model's {NAMES[site]} gives {widths[site]}: take "
+                "one that was made for this model"
+            )

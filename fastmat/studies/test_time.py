@@ -2,7 +2,8 @@
 
 A guard changes images before a model encodes them. What it is said to give is measured by attacks on the model without
 it (claimed); what it gives, by attacks through it, which average over its randomness and differentiate what can be
-differentiated (adaptive). The same attacks, budget and images for the bare model stand beside.
+differentiated (adaptive). The same attacks, budget and images for the bare model stand beside. Captions stay as they
+are: an attack on words goes past every guard.
 
     fastmat study test-time --out runs/test-time
     fastmat study test-time --config benchmarks/flickr8k/test-time.yaml --out runs/test-time-flickr8k
@@ -11,7 +12,7 @@ differentiated (adaptive). The same attacks, budget and images for the bare mode
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -67,7 +68,7 @@ class Study:
         self.config = config
         self.out = out
         self.device = resolve_device(config.device)
-        self.threat = build_threat(config.threat)
+        self.threat = replace(build_threat(config.threat), max_words=0)  # guards do nothing about words
         self.dataset = build_data(config.data, limit=config.limit)
         self.mlm = MlmLoader(config.mlm or (str(out / "mlm") if config.mlm_steps else None), self.device)
         self.candidates = open_candidates(out / "candidates")

@@ -12,6 +12,7 @@ from fastmat.cli.config import (
     Data,
     Device,
     EvalBatch,
+    Fields,
     Label,
     Limit,
     Mlm,
@@ -21,7 +22,6 @@ from fastmat.cli.config import (
     Section,
     Seed,
     Settings,
-    Threat,
     TrainBatch,
     Workers,
 )
@@ -66,7 +66,11 @@ class Config(Section):
     limit: Limit = None
     mlm: Mlm = None
     mlm_steps: int | None = Field(None, gt=0, description="train a small mlm on the training captions, for so long")
-    threat: Threat = {}  # noqa: RUF012
+    threat: Annotated[
+        dict[str, Any],
+        Fields("fastmat.types:ThreatModel"),
+        Field(description="the budgets; words are changed where models are hardened, never where guards are judged"),
+    ] = {}  # noqa: RUF012
     models: dict[Label, Candidate] = Field(min_length=1, description="models, by label")
     guards: dict[Label, Annotated[Component, OneOf("guards", GUARDS)]] = Field(
         min_length=1, description="test-time defences, by label, each with every model"

@@ -26,8 +26,9 @@ def guide(results: TestTimeResults) -> str:
         "bare model, and the guard stands before it afterwards. Adaptive: what is left when the attack knows the "
         "guard, goes through it with gradients where there are any and averages over its draws, or is one of those on "
         f"the bare model; of several attacks the one that leaves least. Verdicts go by {metric}; a gain is the paired "
-        "difference to the bare model under its own strongest attack, and an interval that holds 0 is no gain. In "
-        "percent, each with a 95 % bootstrap interval over images; one seed."
+        "difference to the bare model under its own strongest attack, and an interval that holds 0 is no gain. Images "
+        "alone are attacked, since an attack on words goes past every guard. In percent, each with a 95 % bootstrap "
+        "interval over images; one seed."
     )
 
 

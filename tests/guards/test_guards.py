@@ -7,20 +7,26 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from batches import random_batch
 from PIL import Image
 from scipy.fft import dctn, idctn
 from torch import Tensor
 
-from fastmat.attacks.draws import SeededDraws
+from fastmat.attacks.draws import Draws, SeededDraws
+from fastmat.attacks.objectives import CosineToOwn
+from fastmat.attacks.pgd import PGD
 from fastmat.errors import UserError
-from fastmat.guards.base import Guard
+from fastmat.guards.base import Encode, Guard
 from fastmat.guards.dct import blocks, dct, inverse_dct
 from fastmat.guards.detector import Detector, save_detector, spectrum
 from fastmat.guards.frequency_masking import FrequencyMasking
+from fastmat.guards.guarded import Guarded
 from fastmat.guards.jpeg import JPEG
 from fastmat.guards.resize_pad import ResizePad
+from fastmat.guards.soft_jpeg import soft_jpeg
 from fastmat.guards.ttc import TTC
 from fastmat.models.tiny import tiny_clip
+from fastmat.types import ThreatModel
 
 
 def images(n: int = 4, size: int = 32, seed: int = 0) -> Tensor:
@@ -72,8 +78,38 @@ def test_jpeg_is_pillows_file() -> None:
         # Two builds of one library may round a block's last bit apart.
         assert (255 * read - told).abs().max() <= 2
     assert (255 * (x - out)).abs().max() > 3
-    (gradient,) = torch.autograd.grad((through(JPEG(), x.requires_grad_(True)) * 3).sum(), x)
-    assert torch.equal(gradient, torch.full_like(x, 3))
+
+
+@pytest.mark.parametrize("size", [32, 21])
+@pytest.mark.parametrize("quality", [20, 75, 95])
+def test_soft_jpeg_is_about_the_file(size: int, quality: int) -> None:
+    x = images(4, size=size)
+    x = (x + 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
+    real, soft = through(JPEG(quality=quality), x), soft_jpeg(x, quality=quality)
+    assert (real - x).abs().mean() > 8 / 255 and (soft - real).abs().mean() < 3 / 255
+
+
+def test_the_way_through_jpeg_beats_the_identity() -> None:
+    """The gradient that was chosen against the one that was not, on the model that both attack through real files."""
+
+    class Identity(JPEG):
+        def __call__(self, pixels: Tensor, *, encode: Encode, draws: Draws) -> Tensor:
+            read = super().__call__(pixels.detach(), encode=encode, draws=draws)
+            return pixels + (read - pixels).detach()
+
+    batch = random_batch((2,) * 12).replace(images=images(12, seed=3))
+    bare = tiny_clip(seed=1).eval()
+    judge = Guarded(model=bare, guard=JPEG(quality=50))
+    value = CosineToOwn().bind(judge, batch, None)
+    attack = PGD(threat=ThreatModel(eps=4 / 255), objective=CosineToOwn(), steps=20)
+    reached = []
+    for surrogate in (bare, Guarded(model=bare, guard=Identity(quality=50)), judge):
+        with torch.no_grad():
+            reached.append(float(value(judge.encode_image(attack(surrogate, batch).images)).mean()))
+    with torch.no_grad():
+        clean = float(value(judge.encode_image(batch.images)).mean())
+    without, identity, soft = (value - clean for value in reached)
+    assert soft > 1.2 * identity and soft > 1.2 * without, (without, identity, soft)
 
 
 def test_resize_pad_lays_a_smaller_image_on_black() -> None:

@@ -34,6 +34,7 @@ from fastmat.types import ImageTransform, ThreatModel
 
 if typing.TYPE_CHECKING:
     from fastmat.augment.augmentation import Augment
+    from fastmat.data.truth import Truth
     from fastmat.defences.teacher_cache import TeacherCache
     from fastmat.tasks.base import Task
     from fastmat.text.candidate_cache import CandidateCache
@@ -134,6 +135,12 @@ GUARDS = {
     "frequency_masking": "fastmat.guards.frequency_masking:FrequencyMasking",
     "ttc": "fastmat.guards.ttc:TTC",
 }
+# Other ground truths than the pairs that a set comes with.
+TRUTHS = {
+    "same_captions": "fastmat.data.truth:same_captions",
+    "eccv_caption": "fastmat.data.eccv_caption:read_eccv_caption",
+    "cxc": "fastmat.data.cxc:read_cxc",
+}
 TASKS = {
     "grounding": "fastmat.tasks.grounding:Grounding",
     "captioning": "fastmat.tasks.captioning:Captioning",
@@ -160,7 +167,19 @@ SEAMS: dict[type, Mapping[str, str]] = {
 }
 Given = Mapping[str, Callable[[], object]]
 # Made from other sections, so no argument of a component: `max_words` stands in `threat`, with the rest of the budget.
-RESERVED = frozenset({"threat", "max_words", "mlm", "candidate_cache", "teacher", "teacher_cache", "prompts", "quirks"})
+RESERVED = frozenset(
+    {
+        "threat",
+        "max_words",
+        "mlm",
+        "candidate_cache",
+        "teacher",
+        "teacher_cache",
+        "prompts",
+        "quirks",
+        "dataset",
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -478,6 +497,17 @@ def split_quirks(
 def build_data(component: Component, *, limit: int | None = None, where: str = "data") -> RetrievalSet:
     """A retrieval set, its first `limit` images."""
     return typing.cast("RetrievalSet", _first(build(DATASETS, component, where=where), limit))
+
+
+def build_truths(components: Mapping[str, Component], dataset: RetrievalSet) -> dict[str, Truth]:
+    """Ground truths of `dataset` by label, each beside the original pairs of the same queries."""
+    from fastmat.data.truth import beside_pairs
+
+    given: Given = {"dataset": lambda: dataset}
+    made = {
+        label: build(TRUTHS, component, where=f"truths.{label}", given=given) for label, component in components.items()
+    }
+    return beside_pairs(dataset, made)
 
 
 def build_task(component: Component, *, where: str = "task") -> Task:

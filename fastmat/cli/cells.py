@@ -23,6 +23,7 @@ from fastmat.cli.showcase import Showcase
 from fastmat.cli.together import Processes
 from fastmat.data.loader import EvaluationBatches, evaluation_batches
 from fastmat.data.retrieval import RetrievalSet
+from fastmat.data.truth import Truth
 from fastmat.evaluation.adversarial_set import MANIFEST, AdversarialSet
 from fastmat.evaluation.evaluate import Attacked, Measured, attacked_ranks, clean_row, row_of
 from fastmat.evaluation.manifest import Manifest, config_fingerprint
@@ -49,6 +50,7 @@ class Cells:
     engine: Engine
     cells: Mapping[str, Sequence[Cell]]
     ensembles: Ensembles
+    truths: Mapping[str, Truth]
     sets: Sequence[AdversarialSet]
     out: Path
     rows: Rows[Results]
@@ -244,9 +246,13 @@ class Cells:
     ) -> None:
         """A row, after its examples. rows: the images attacked, None: all. show: the clean data as it was attacked."""
         if rows is None:
-            ranks, measured = attacked_ranks(victim.model, attacked, clean=victim.ranks, rerank=victim.rerank)
+            ranks, measured = attacked_ranks(
+                victim.model, attacked, clean=victim.ranks, rerank=victim.rerank, truths=self.truths
+            )
         else:
-            ranks, measured = attacked_subset_ranks(victim.model, attacked, clean=victim.gallery, rows=rows)
+            ranks, measured = attacked_subset_ranks(
+                victim.model, attacked, clean=victim.gallery, rows=rows, truths=self.truths
+            )
         self.ensembles.write(inputs, ranks)
         if show is not None:
             self.showcase.add(victim.model, show, attacked, victim.ranks, setting, rerank=victim.rerank)
@@ -279,7 +285,7 @@ class Cells:
 
     def load(self, component: Component, *, where: str, rerank: Rerank | None = None) -> Encoded:
         model = build_model(component, device=self.device, where=where)
-        return Encoded(component, model, self.batches(model), rerank=rerank)
+        return Encoded(component, model, self.batches(model), rerank=rerank, truths=self.truths)
 
     def batches(self, wanted: VisionLanguageModel | Manifest) -> EvaluationBatches:
         """The data as a model wants it, or as a set was made of it."""
@@ -293,8 +299,10 @@ class Cells:
         )
 
     def inputs(self, victim: Encoded, judged: Mapping[str, Any]) -> str:
-        """What a row depends on: the victim, what it is judged on, and how intervals are drawn."""
+        """What a row depends on: the victim, what it is judged on and under, and how intervals are drawn."""
         victims = {"victim": victim.identity, "resamples": self.config.resamples, **victim.second_stage}
+        if self.truths:
+            victims["truths"] = {label: truth.fingerprint() for label, truth in self.truths.items()}
         return config_fingerprint({**victims, **judged})
 
     def setting(

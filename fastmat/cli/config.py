@@ -22,6 +22,7 @@ from fastmat.build import (
     MODELS,
     TASKS,
     TRAINING_SETS,
+    TRUTHS,
     Component,
     construct,
     locate,
@@ -250,6 +251,11 @@ class EvalConfig(Section):
         "with their captions; they query the whole gallery, whose other entries stay clean",
     )
     sets: tuple[Path, ...] = Field((), description="folders that `fastmat attack` wrote, judged as they are")
+    truths: dict[Label, Annotated[Component, OneOf("ground truths", TRUTHS)]] = Field(
+        {},
+        description="more ground truths, by label: every row has its figures under each as well, with R-precision and "
+        "mAP@R, and those of the original pairs for the same queries; attacks know the original pairs alone",
+    )
     eps: tuple[Number, ...] = Field((), description="more radii for attacks on images: the robustness curve")
     keep_sets: bool = Field(False, description="keep the adversarial sets under sets/ when they have been judged")
     engine: EngineSettings = {}

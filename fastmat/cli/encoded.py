@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 
@@ -10,6 +10,7 @@ from fastmat.build import Component
 from fastmat.cli.common import fingerprint
 from fastmat.cli.load import plain
 from fastmat.data.loader import EvaluationBatches
+from fastmat.data.truth import Truth
 from fastmat.evaluation.evaluate import Gallery, encode_gallery, gallery_context, gallery_ranks
 from fastmat.evaluation.manifest import config_fingerprint
 from fastmat.evaluation.metrics import Ranks
@@ -22,7 +23,7 @@ class Encoded:
     """A model with the data as it wants it. weights: their sha256; its clean gallery is encoded when first asked for.
 
     identity: sha256 of what its clean features depend on. rerank: its second stage, None: by cosine alone;
-    second_stage: what a row depends on because of it.
+    second_stage: what a row depends on because of it. truths: ground truths that its ranks are judged under as well.
     """
 
     def __init__(
@@ -32,10 +33,12 @@ class Encoded:
         batches: EvaluationBatches,
         *,
         rerank: Rerank | None = None,
+        truths: Mapping[str, Truth] | None = None,
     ) -> None:
         self.model = model
         self.batches = batches
         self.rerank = rerank
+        self.truths = truths
         self.scoring = "itc" if rerank is None else rerank.scoring(model)
         self.second_stage = {} if rerank is None else {"scoring": self.scoring, "rerank_k": rerank.k}
         self.weights = fingerprint(model)
@@ -55,11 +58,11 @@ class Encoded:
 
     @cached_property
     def ranks(self) -> Ranks:
-        return gallery_ranks(self.gallery)
+        return gallery_ranks(self.gallery, truths=self.truths)
 
     def ranks_of(self, rows: Sequence[int] | None) -> Ranks:
         """Clean ranks of the queries of the images `rows`, None: of all."""
-        return self.ranks if rows is None else gallery_ranks(self.gallery, rows)
+        return self.ranks if rows is None else gallery_ranks(self.gallery, rows, truths=self.truths)
 
     @cached_property
     def context(self) -> AttackContext:

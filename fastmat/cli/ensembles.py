@@ -15,6 +15,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from fastmat.attacks.base import Attack, frozen
 from fastmat.attacks.draws import SeededDraws
@@ -23,9 +24,12 @@ from fastmat.build import Component
 from fastmat.cli.encoded import Encoded
 from fastmat.evaluation.evaluate import Measured
 from fastmat.evaluation.metrics import Ranks, worst_case
+from fastmat.evaluation.multi_positive import Found, Retrieved, of_images
 from fastmat.evaluation.results import Row, write_atomic
 from fastmat.evaluation.subset import picked
 
+WAYS = ("tr", "ir")
+FIGURES = tuple(field.name for field in dataclasses.fields(Found))
 Variant = tuple[Component, Attack, str | None]  # one radius; the last: hash of the masked language model
 
 
@@ -94,8 +98,7 @@ class Ensembles:
     def write(self, inputs: str, ranks: Ranks) -> None:
         """Keep the ranks of a row, if they are of use."""
         if self.runs:
-            tensors = {field.name: getattr(ranks, field.name).contiguous() for field in dataclasses.fields(ranks)}
-            write_atomic(self.file(inputs), save(tensors))
+            write_atomic(self.file(inputs), save(tensors_of(ranks)))
 
     def cases(self, surrogate: str) -> Iterator[tuple[str, Sequence[Judged], Sequence[Judged]]]:
         """Label, runs, and other attacks that count, of every ensemble on `surrogate`, radius by radius.
@@ -117,7 +120,7 @@ class Ensembles:
     def ranks(self, cells: Sequence[Judged], victim: str, images: Sequence[int]) -> dict[str, Ranks]:
         """By label, the ranks of the queries of `images`."""
         return {
-            cell.label: ranks_of_rows(Ranks(**load_file(self.file(cell.inputs[victim]))), cell.images, images)
+            cell.label: ranks_of_rows(ranks_from(load_file(self.file(cell.inputs[victim]))), cell.images, images)
             for cell in cells
         }
 
@@ -127,6 +130,26 @@ class Ensembles:
         for file in self.folder.glob("*.safetensors"):
             if file.stem not in kept:
                 file.unlink()
+
+
+def tensors_of(ranks: Ranks) -> dict[str, Tensor]:
+    """For a file; figures under other ground truths as LABEL:WAY:FIGURE."""
+    tensors = {"tr": ranks.tr, "ir": ranks.ir, "txt2img": ranks.txt2img}
+    for label, found in ranks.under.items():
+        for way in WAYS:
+            part = getattr(found, way)
+            tensors |= {f"{label}:{way}:{name}": getattr(part, name) for name in FIGURES}
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def ranks_from(tensors: Mapping[str, Tensor]) -> Ranks:
+    """What `tensors_of` was given."""
+    labels = dict.fromkeys(name.split(":")[0] for name in tensors if ":" in name)
+    under = {
+        label: Retrieved(**{way: Found(**{name: tensors[f"{label}:{way}:{name}"] for name in FIGURES}) for way in WAYS})
+        for label in labels
+    }
+    return Ranks(tr=tensors["tr"], ir=tensors["ir"], txt2img=tensors["txt2img"], under=under)
 
 
 def ranks_of_rows(ranks: Ranks, have: Sequence[int], wanted: Sequence[int]) -> Ranks:
@@ -143,6 +166,10 @@ def ranks_of_rows(ranks: Ranks, have: Sequence[int], wanted: Sequence[int]) -> R
         tr=ranks.tr[places],
         ir=ranks.ir[captions],
         txt2img=torch.searchsorted(places, ranks.txt2img[captions]),
+        under={
+            label: Retrieved(**{way: of_images(getattr(found, way), torch.tensor(wanted)) for way in WAYS})
+            for label, found in ranks.under.items()
+        },
     )
 
 

@@ -5,12 +5,14 @@ judged on all victims; without surrogates, each victim is attacked through its o
 box). An ensemble (strongest) has a row for each of its runs, and one for every query's worst rank
 over them and the other attacks on the same images. With --resume, whatever still has the same
 inputs is kept: rows, and what a killed run had attacked. Several processes (accelerate launch,
-torchrun) attack together.
+torchrun) attack together. Under other ground truths than the original pairs (truths) every row has
+its figures twice.
 
     fastmat eval --config clip-vit-b16-flickr30k-eval --out runs/eval
     fastmat eval --config clip-vit-b16-flickr30k-eval --out runs/transfer \\
       'surrogates={b32: {name: open_clip, architecture: ViT-B-32, pretrained: openai}}'
     fastmat eval --config clip-vit-b16-flickr30k-eval --out runs/sets 'sets=[runs/sga]' 'attacks={}'
+    fastmat eval --config clip-vit-b16-coco-eccv-eval --out runs/coco-eccv-eval
 """
 
 from __future__ import annotations
@@ -75,6 +77,9 @@ def evaluate_models(config: EvalConfig, out: Path, *, resume: bool = False) -> R
         sets = [AdversarialSet(folder, data=dataset.fingerprint()) for folder in config.sets]
         resolved = {key: value for key, value in plain(config).items() if key not in SPEED_KEYS}
         resolved["mlm_sha256"] = mlm.sha256
+        if is_first_process():
+            for label in config.truths:
+                print(f"truths.{label}: {plan.truths[label].told}")
         empty = Results(rows=[], config=resolved, environment=environment(device))
         rows = Rows(out, empty=empty, resume=resume)
         shown = [label for label, (cell, *_) in plan.cells.items() if len(cell.rows) == dataset.n_images]
@@ -89,6 +94,7 @@ def evaluate_models(config: EvalConfig, out: Path, *, resume: bool = False) -> R
             engine=engine,
             cells=plan.cells,
             ensembles=Ensembles(plan.ensembles, out / "ranks"),
+            truths=plan.truths,
             sets=sets,
             out=out,
             rows=rows,

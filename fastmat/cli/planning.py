@@ -8,13 +8,14 @@ from typing import Any
 
 from fastmat.attacks.base import Attack
 from fastmat.attacks.engine import Engine
-from fastmat.build import build_data, build_threat, check_weights
+from fastmat.build import build_data, build_threat, build_truths, check_weights
 from fastmat.cli.common import MlmLoader
 from fastmat.cli.config import EvalConfig, TaskConfig
 from fastmat.cli.ensembles import Ensemble, Variant, split
 from fastmat.cli.fitting import FitSet, fit_set
 from fastmat.cli.making import attack_with_hash, inputs_of
 from fastmat.data.retrieval import RetrievalSet
+from fastmat.data.truth import Truth
 from fastmat.errors import UserError
 from fastmat.evaluation.subset import draw_rows
 from fastmat.text.candidate_cache import CandidateCache
@@ -41,9 +42,11 @@ class Cell:
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """dataset: what is judged. cells: label to the same attack at every radius, the main one first; an ensemble's runs
-    stand under labels of their own. ensembles: label to the labels of its runs."""
+    stand under labels of their own. ensembles: label to the labels of its runs. truths: label to ground truth, each
+    beside the original pairs."""
 
     dataset: RetrievalSet
+    truths: Mapping[str, Truth]
     cells: Mapping[str, Sequence[Cell]]
     ensembles: Mapping[str, Sequence[str]]
 
@@ -91,6 +94,7 @@ def plan_cells(config: EvalConfig, *, mlm: MlmLoader, engine: Engine, cache: Can
 
     return Plan(
         dataset=dataset,
+        truths=build_truths(config.truths, dataset),
         cells={label: [cell(label, variant) for variant in variants] for label, variants in parts.attacks.items()},
         ensembles=parts.ensembles,
     )

@@ -5,13 +5,14 @@
     row = evaluate(victim, attacked, clean=gallery_ranks(encode_gallery(victim, batches)), setting=setting)
 
 The whole gallery is attacked: adversarial queries rank adversarial galleries. An attack on images alone leaves the
-captions as they are, and the other way round.
+captions as they are, and the other way round. Attacks know the original pairs alone; other ground truths
+(`fastmat.data.truth`) judge what they leave.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,10 +21,19 @@ from torch import Tensor
 
 from fastmat.attacks.base import Attack, frozen
 from fastmat.attacks.engine import Engine
+from fastmat.data.truth import Positives, Truth
 from fastmat.errors import UserError
 from fastmat.evaluation.metrics import Ranks, bootstrap_intervals, recalls, success_rates
-from fastmat.evaluation.rerank import Keeper, Matching, Rerank, reranked_ranks
+from fastmat.evaluation.multi_positive import (
+    Retrieved,
+    cosine_tiles,
+    found_at,
+    positive_places,
+    reranked_tiles,
+)
+from fastmat.evaluation.rerank import Keeper, Matching, Rerank, Reranked, reranked_ranks
 from fastmat.evaluation.results import Row, Setting
+from fastmat.evaluation.truth_figures import figures_under
 from fastmat.memory import Chunks
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.ops import retrieval_ranks
@@ -130,16 +140,20 @@ def gallery_context(gallery: Gallery) -> AttackContext:
     )
 
 
-def gallery_ranks(gallery: Gallery, rows: Sequence[int] | None = None) -> Ranks:
+def gallery_ranks(
+    gallery: Gallery, rows: Sequence[int] | None = None, *, truths: Mapping[str, Truth] | None = None
+) -> Ranks:
     """Ranks in both directions, on the CPU, by cosine or by the gallery's second stage.
 
     rows: the images, ascending, that query with their captions, among the whole gallery; None: all.
+    truths: ground truths to judge the same queries under, where they judge them.
     """
     images, texts, txt2img = gallery.image_features, gallery.text_features, gallery.txt2img.to(gallery.text_group)
     device = images.device
     chosen = torch.arange(len(images), device=device) if rows is None else torch.tensor(rows, device=device)
     captions = captions_of(gallery, chosen)
     of_images, of_texts = gallery.image_group[chosen], gallery.text_group[captions]
+    found = None
     if gallery.matching is None:
         tr = retrieval_ranks(images[chosen], texts, query_group=of_images, gallery_group=gallery.text_group)
         ir = retrieval_ranks(texts[captions], images, query_group=of_texts, gallery_group=gallery.image_group)
@@ -151,7 +165,41 @@ def gallery_ranks(gallery: Gallery, rows: Sequence[int] | None = None) -> Ranks:
         ir = reranked_ranks(
             found.text_scores, found.text_candidates, query_group=of_texts, gallery_group=gallery.image_group
         )
-    return Ranks(tr=tr.cpu(), ir=ir.cpu(), txt2img=torch.searchsorted(chosen, txt2img[captions]).cpu())
+    return Ranks(
+        tr=tr.cpu(),
+        ir=ir.cpu(),
+        txt2img=torch.searchsorted(chosen, txt2img[captions]).cpu(),
+        under={
+            label: retrieved(gallery, truth, images=chosen, captions=captions, found=found)
+            for label, truth in (truths or {}).items()
+        },
+    )
+
+
+def retrieved(
+    gallery: Gallery, truth: Truth, *, images: Tensor, captions: Tensor, found: Reranked | None = None
+) -> Retrieved:
+    """Under `truth`, those of the queries `images` [N'] and `captions` [T'], ascending, that it judges.
+
+    found: the scores of the second stage for these very queries; None: by cosine.
+    """
+    features, own = (gallery.image_features, gallery.text_features), gallery.txt2img.cpu()
+    of_images, of_captions = truth.captions.take(images.cpu()), truth.images.take(captions.cpu())
+
+    def places(positives: Positives, asked: Tensor, queries: Tensor, items: Tensor, second: Sequence[Tensor]) -> Tensor:
+        rows = positives.queries.to(queries.device)
+        if second:
+            at = torch.searchsorted(asked, rows)
+            tiles = reranked_tiles(second[0][at], second[1][at], total=len(items))
+        else:
+            tiles = cosine_tiles(queries[rows], items)
+        return positive_places(tiles, positives.count, positives.items)
+
+    tr = places(of_images, images, *features, found[:2] if found else ())
+    ir = places(of_captions, captions, *features[::-1], found[2:] if found else ())
+    return Retrieved(
+        tr=found_at(tr, of_images, of_images.queries), ir=found_at(ir, of_captions, own[of_captions.queries])
+    )
 
 
 def captions_of(gallery: Gallery, images: Tensor) -> Tensor:
@@ -215,22 +263,28 @@ def evaluate(
     setting: Setting,
     resamples: int = 1000,
     rerank: Rerank | None = None,
+    truths: Mapping[str, Truth] | None = None,
 ) -> Row:
     """Judge `victim` on attacked data, be it made just now (`run_attack`) or stored (`AdversarialSet`).
 
     clean: the victim's own ranks on the clean data. rerank: the second stage, None: by cosine alone; as for `clean`.
-    A victim of another resolution than the surrogate's resizes inside.
+    truths: those that `clean` was judged under. A victim of another resolution than the surrogate's resizes inside.
     """
-    ranks, measured = attacked_ranks(victim, attacked, clean=clean, rerank=rerank)
+    ranks, measured = attacked_ranks(victim, attacked, clean=clean, rerank=rerank, truths=truths)
     return row_of(ranks, clean, setting=setting, resamples=resamples, measured=measured)
 
 
 def attacked_ranks(
-    victim: VisionLanguageModel, attacked: Iterable[Attacked], *, clean: Ranks, rerank: Rerank | None = None
+    victim: VisionLanguageModel,
+    attacked: Iterable[Attacked],
+    *,
+    clean: Ranks,
+    rerank: Rerank | None = None,
+    truths: Mapping[str, Truth] | None = None,
 ) -> tuple[Ranks, Measured]:
     """The ranks behind a row, and what passed by. Raises UserError unless the queries are those of `clean`."""
     measured = Measured()
-    ranks = gallery_ranks(encode_gallery(victim, measured.watch(attacked), rerank=rerank))
+    ranks = gallery_ranks(encode_gallery(victim, measured.watch(attacked), rerank=rerank), truths=truths)
     if not torch.equal(ranks.txt2img, clean.txt2img):
         raise UserError(
             f"the attacked data ({len(ranks.tr)} images, {len(ranks.ir)} captions) is not the clean data "
@@ -263,6 +317,10 @@ def row_of(
         n_captions=len(ranks.ir),
         gallery_images=gallery_images,
         ci=bootstrap_intervals(ranks, clean, seed=setting.seed, resamples=resamples),
+        truths={
+            label: figures_under(found, clean.under[label] if clean else None, seed=setting.seed, resamples=resamples)
+            for label, found in ranks.under.items()
+        },
         max_distance=measured.distance if measured else 0.0,
         max_words_changed=measured.words if measured else 0,
         seconds=measured.seconds if measured else None,

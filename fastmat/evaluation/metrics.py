@@ -6,13 +6,14 @@ captions counts. IR: a query caption ranks images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fastmat.errors import UserError
+from fastmat.evaluation.multi_positive import Retrieved, worst_of
 
 KS = (1, 5, 10)
 
@@ -21,12 +22,13 @@ KS = (1, 5, 10)
 class Ranks:
     """tr [N]: ranks of the image queries; ir [T]: ranks of the caption queries; txt2img [T]: the image of each caption.
 
-    All int64.
+    All int64. under: the same retrieval under other ground truths (`fastmat.data.truth`), by label.
     """
 
     tr: Tensor
     ir: Tensor
     txt2img: Tensor
+    under: Mapping[str, Retrieved] = field(default_factory=dict)
 
 
 def recall_at(ranks: Tensor, k: int) -> float:
@@ -74,7 +76,8 @@ def success_rates(clean: Ranks, ranks: Ranks) -> dict[str, float | None]:
 def worst_case(runs: Sequence[Ranks]) -> Ranks:
     """Each query's worst rank over several attacks on the same data: it is right only if it is right in every one.
 
-    Each run's ranks are those in its own gallery. Raises UserError without a run or when the queries are not the same.
+    Each run's ranks are those in its own gallery; under another ground truth, each figure of a query is its worst.
+    Raises UserError without a run or when the queries are not the same.
 
     >>> one = Ranks(tr=torch.tensor([0, 3]), ir=torch.tensor([0, 1]), txt2img=torch.tensor([0, 1]))
     >>> two = Ranks(tr=torch.tensor([2, 0]), ir=torch.tensor([0, 5]), txt2img=torch.tensor([0, 1]))
@@ -94,6 +97,12 @@ def worst_case(runs: Sequence[Ranks]) -> Ranks:
         tr=torch.stack([run.tr for run in runs]).amax(0),
         ir=torch.stack([run.ir for run in runs]).amax(0),
         txt2img=first.txt2img,
+        under={
+            label: Retrieved(
+                tr=worst_of([run.under[label].tr for run in runs]), ir=worst_of([run.under[label].ir for run in runs])
+            )
+            for label in first.under
+        },
     )
 
 
@@ -103,12 +112,20 @@ def bootstrap_intervals(
     """95 % percentile intervals of every recall and, when `clean` is given, of every ASR.
 
     Images are resampled with replacement and take all their captions along, since the captions of one image are not
-    independent. Every metric is a ratio of two sums over images, so all resamples of all metrics are one product of
-    the [resamples, N] multiplicities with the per-image sums. ASR leaves out resamples in which no query was right;
-    a metric without a value has no interval.
+    independent. ASR leaves out resamples in which no query was right; a metric without a value has no interval.
     """
-    sums = _sums_per_image(ranks, clean)
-    weights = _multiplicities(len(ranks.tr), resamples=resamples, seed=seed)
+    return ratio_intervals(_sums_per_image(ranks, clean), len(ranks.tr), seed=seed, resamples=resamples)
+
+
+def ratio_intervals(
+    sums: Mapping[str, tuple[Tensor, Tensor]], images: int, *, seed: int, resamples: int
+) -> dict[str, tuple[float, float]]:
+    """95 % percentile intervals over `images`, in percent, of metrics that are ratios of two sums over images.
+
+    sums: metric to numerators and denominators [images] fp64. All resamples of all metrics are one product of the
+    [resamples, images] multiplicities with them.
+    """
+    weights = _multiplicities(images, resamples=resamples, seed=seed)
     values = 100 * (weights @ torch.stack([hit for hit, _ in sums.values()], 1))
     values /= weights @ torch.stack([count for _, count in sums.values()], 1)
     low, high = values.nanquantile(torch.tensor([0.025, 0.975], dtype=values.dtype), dim=0).tolist()

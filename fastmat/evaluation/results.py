@@ -24,6 +24,10 @@
          max_distance           largest distance found on the stored images, in the threat's norm and units
          max_words_changed      most substituted words found in one caption
          seconds, pairs_per_s   of the attack alone, all processes added up, captions counted as pairs; null: clean
+         truths                 {label: figures under another ground truth, or, at "LABEL/pairs", under the original
+                                pairs of the same queries: n_images, n_captions (queries judged), right_captions,
+                                right_images (per query, mean), metrics and ci, which hold the rates above (of the
+                                best right answer) and tr_rp ir_rp (R-precision), tr_map@r ir_map@r; null: no query}
          inputs                 sha256 of what the row depends on; a resumed run keeps a row whose inputs are its own
     environment: python, torch, fastmat, device, cpu_count, platform
     training (optional): {defence: [{"step", "loss", "pairs_per_s"}, ...]}
@@ -37,14 +41,23 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
+from fastmat.data.truth import PAIRS
 from fastmat.errors import UserError
 
 Percent = Annotated[float, Field(ge=0, le=100)]
@@ -91,6 +104,18 @@ class Setting(BaseModel):
         return Setting(**{name: getattr(self, name) for name in Setting.model_fields})
 
 
+class UnderTruth(BaseModel):
+    """What was measured under one ground truth; see the module's docstring."""
+
+    model_config = STRICT
+    n_images: int = Field(ge=0)
+    n_captions: int = Field(ge=0)
+    right_captions: float | None = Field(ge=1)
+    right_images: float | None = Field(ge=1)
+    metrics: dict[str, Percent | None]
+    ci: dict[str, tuple[Percent, Percent]]
+
+
 class Row(Setting):
     """A setting and what was measured; see the module's docstring."""
 
@@ -114,11 +139,26 @@ class Row(Setting):
     max_words_changed: int = Field(ge=0)
     seconds: float | None = Field(ge=0)
     pairs_per_s: float | None = Field(ge=0)
+    truths: dict[str, UnderTruth] = {}
     inputs: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+
+    @model_serializer(mode="wrap")
+    def without_empty(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The key is there where there is something to it."""
+        row: dict[str, Any] = written(self)
+        if not self.truths:
+            row.pop("truths", None)
+        return row
 
     def value(self, metric: str) -> float | None:
         """A rate by its name in the file, "tr@1" ... "asr_ir@10"."""
         return getattr(self, metric.replace("@", "_"))
+
+    def judged(self) -> Iterator[tuple[str, UnderTruth, UnderTruth | None]]:
+        """Label of another ground truth, figures under it, and, if there, under the original pairs of its queries."""
+        for label, found in self.truths.items():
+            if not label.endswith(PAIRS):
+                yield label, found, self.truths.get(label + PAIRS)
 
 
 class TrainingPoint(BaseModel):

@@ -6,13 +6,14 @@ Only the chosen images and their captions are attacked; everything else in the g
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from fastmat.data.loader import EvaluationBatches
 from fastmat.data.retrieval import RetrievalSet
+from fastmat.data.truth import Truth
 from fastmat.errors import UserError
 from fastmat.evaluation.evaluate import Attacked, Gallery, Measured, captions_of, encode_gallery, gallery_ranks, row_of
 from fastmat.evaluation.metrics import Ranks
@@ -88,9 +89,17 @@ def evaluate_subset(
 
 
 def attacked_subset_ranks(
-    victim: VisionLanguageModel, attacked: Iterable[Attacked], *, clean: Gallery, rows: Sequence[int]
+    victim: VisionLanguageModel,
+    attacked: Iterable[Attacked],
+    *,
+    clean: Gallery,
+    rows: Sequence[int],
+    truths: Mapping[str, Truth] | None = None,
 ) -> tuple[Ranks, Measured]:
-    """The ranks behind such a row, and what passed by. Raises UserError unless `rows` are what was attacked."""
+    """The ranks behind such a row, also under other ground truths, and what passed by.
+
+    Raises UserError unless `rows` are what was attacked.
+    """
     measured = Measured()
     held = clean.matching
     part = encode_gallery(victim, measured.watch(attacked), rerank=held.rerank if held else None)
@@ -107,4 +116,4 @@ def attacked_subset_ranks(
         text_features=clean.text_features.index_copy(0, captions, part.text_features),
         matching=held.overlaid(part.matching, chosen, captions) if held and part.matching else None,
     )
-    return gallery_ranks(after, rows), measured
+    return gallery_ranks(after, rows, truths=truths), measured

@@ -12,6 +12,7 @@ from fastmat.report.page import page
 from fastmat.report.perturbations import perturbation_drops
 from fastmat.report.plots import attacks_plot, eps_plot, training_plot
 from fastmat.report.tables import COLUMNS, tables
+from fastmat.report.truths import truth_tables
 
 
 def write_report(folder: Path) -> Path:
@@ -32,6 +33,7 @@ def render(results: Results, examples: Examples) -> str:
         tables=made,
         columns=COLUMNS,
         matrices=[matrices(table.rows) for table in made],
+        truths=[truth_tables(table.rows) for table in made],
         drops=[perturbation_drops(table.rows, results.config) for table in made],
         plots=[{"attacks": attacks_plot(table.rows), "eps": eps_plot(table.rows)} for table in made],
         training=training_plot(results.training),

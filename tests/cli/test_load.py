@@ -160,4 +160,7 @@ def test_shipped_configs_cover_what_the_readme_promises() -> None:
         for task in ("train", "eval")
     ]
     tasks = ["albef-refcoco-task", "albef-snli-ve-task", "blip-coco-captions-task", "clip-zero-shot-task"]
-    assert shipped() == sorted([*sets, *fused, *tasks, "itc-weight-study", "itc-weight-coco-study", "quickstart"])
+    truths = ["clip-vit-b16-coco-eccv-eval"]
+    assert shipped() == sorted(
+        [*sets, *fused, *tasks, *truths, "itc-weight-study", "itc-weight-coco-study", "quickstart"]
+    )

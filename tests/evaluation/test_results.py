@@ -66,9 +66,29 @@ def test_values_by_name() -> None:
     assert Row.model_validate({**ROW, "threat": {}}).threat == Threat(eps=0, norm="linf", max_words=0)
 
 
+def test_figures_under_other_truths() -> None:
+    figures = {
+        "n_images": 2,
+        "n_captions": 3,
+        "right_captions": 4.5,
+        "right_images": None,
+        "metrics": {"tr_map@r": 50.0, "asr_tr@1": None},
+        "ci": {"tr_map@r": [40.0, 60.0]},
+    }
+    row = Row.model_validate({**ROW, "truths": {"eccv": figures, "eccv/pairs": {**figures, "n_images": 1}}})
+    assert [(label, wide.n_images, pairs.n_images) for label, wide, pairs in row.judged()] == [("eccv", 2, 1)]
+    written = json.loads(Results(rows=[row], config={}, environment={}).model_dump_json(by_alias=True))["rows"][0]
+    assert written["truths"]["eccv"] == figures and Row.model_validate(written) == row
+    assert "truths" not in Row.model_validate(ROW).model_dump() and "truths" in str(module.__doc__)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (
+            {"truths": {"t": {**dict.fromkeys(("n_images", "n_captions"), 1), "right_captions": 1, "right_images": 1}}},
+            r"key rows\.0\.truths\.t\.metrics: ",
+        ),
         ({"tr@1": 130}, r"results\.json: key rows\.0\.tr@1: .*less than or equal to 100"),
         ({"tr@1": None}, r"key rows\.0\.tr@1: "),
         ({"recall": 1}, r"key rows\.0\.recall: "),

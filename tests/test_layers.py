@@ -16,7 +16,7 @@ ORDER = (
     ("models",),
     ("data", "text"),
     ("attacks",),
-    ("defences", "guards", "augment"),
+    ("defences", "guards", "augment", "alignment"),
     ("perturbations",),  # attacks, some made of generators; built by name
     ("training", "evaluation"),
     ("tasks",),
@@ -38,6 +38,7 @@ NARROW = {
 # These see models through the protocol and through files of weights, never a concrete class.
 WITHOUT_CONCRETE_MODELS = (
     "attacks",
+    "alignment",
     "defences",
     "guards",
     "augment",

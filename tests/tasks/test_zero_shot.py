@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from fastmat.models.small import small_clip
 from fastmat.models.tiny import tiny_clip
 from fastmat.models.tiny_fusion import tiny_albef, tiny_albef_ve
 from fastmat.models.weights import load_weights, save_weights
-from fastmat.tasks.base import Classifying
+from fastmat.tasks.base import Classifying, Judged
 from fastmat.tasks.results import TaskExamples, TaskResults
 from fastmat.tasks.zero_shot import ZeroShot
 
@@ -215,6 +216,38 @@ def test_transfer_and_one_attack_alone(fastmat: Fastmat, weights: Path, tmp_path
         ("albef", "dlr", False),
     ]
     assert "worst case" not in shown and not (tmp_path / "out" / "right").exists()
+
+
+def test_a_picture_that_was_wrong_before_survives_nothing(
+    fastmat: Fastmat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attacks on another model put some answers of one that guesses right by chance."""
+    told: list[torch.Tensor] = []
+    plain = ZeroShot.judge
+
+    def judge(*arguments: Any) -> Judged:
+        judged = plain(*arguments)
+        assert judged.right is not None
+        told.append(judged.right)
+        return judged
+
+    monkeypatch.setattr(ZeroShot, "judge", judge)
+    words = [
+        "task",
+        *COMMON,
+        "victims.t={model: {name: tiny, seed: 1}}",
+        PGD_DLR,
+        "attacks.margin={name: pgd, steps: 3, objective: margin}",
+    ]
+    words += ["surrogates={tiny: {name: tiny}}", "threat.eps=32/255", "limit=128"]
+    code, _, error = fastmat(*words, "--out", tmp_path / "out")
+    assert code == 0, error
+    clean, first, second = told
+    assert (first & second & ~clean).any() and (first & ~second).any()
+    rows = {row.attack: row for row in read_json(tmp_path / "out" / "results.json", TaskResults).rows}
+    share = (clean & first & second).float().mean()
+    assert rows["worst case"].values["accuracy"] == pytest.approx(100 * float(share))
+    assert not rows["worst case"].white_box
 
 
 @pytest.mark.distributed

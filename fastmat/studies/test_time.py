@@ -50,6 +50,7 @@ from fastmat.studies.test_time_verdicts import CLEAN, Bootstrap, Made, answer, d
 from fastmat.types import Batch
 
 CONFIG = "test-time-study"
+WAYS = {"bare": "made on the bare model", "guard": "made through the guard"}
 EVADING = "evading_pgd"  # the attack that belongs to a guard with a detector
 
 
@@ -99,7 +100,7 @@ class Study:
         missing = [cell for cell, outcome in found.items() if outcome is None]
         made: dict[str, list[Batch]] = {}  # on the bare model, kept for all guards
         for guard, (attack, way) in missing:
-            say(f"{subject.label}, {guard}: {f'{attack}, made on the {way}' if way else 'clean'}")
+            say(f"{subject.label}, {guard}: {f'{attack}, {WAYS[way]}' if way else 'clean'}")
             images: Iterable[Batch]
             if not way:
                 images = self.subjects.batches(subject.model, self.dataset)

@@ -9,7 +9,10 @@ from cli.conftest import Fastmat, fastmat  # noqa: F401
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
+from fastmat.cli.load import read_yaml, validate
 from fastmat.evaluation.stages import Counts
+from fastmat.studies.test_time import Study
+from fastmat.studies.test_time_config import Config
 from fastmat.studies.test_time_results import Verdict
 from fastmat.studies.test_time_verdicts import CLEAN, Bootstrap, answer, detection, judge, with_means
 
@@ -109,6 +112,13 @@ def test_refusals(fastmat: Fastmat, tmp_path: Path, told: str, said: str) -> Non
     more = [] if "draws" in told else ["draws={}"]
     code, _, error = study(fastmat, tmp_path / "out", *more, told)
     assert code == 2 and said in error and error.count("\n") == 1, error
+
+
+def test_guards_are_judged_on_images_alone(tmp_path: Path) -> None:
+    values = read_yaml("test-time-study")
+    study = Study(validate(Config, values, source="test"), tmp_path)
+    assert values["threat"]["max_words"] == 1 and study.threat.max_words == 0
+    assert study.subjects.config.threat["max_words"] == 1  # what models are hardened against
 
 
 def test_a_detector_of_another_size(fastmat: Fastmat, out: Path, tmp_path: Path) -> None:  # noqa: F811

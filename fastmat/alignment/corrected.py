@@ -6,11 +6,12 @@ import copy
 from collections.abc import Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from fastmat.alignment.pairs import NAMES
 from fastmat.errors import UserError
-from fastmat.models.protocol import Encoded, ImageState, TextTokens, VisionLanguageModel, fuses
+from fastmat.models.protocol import Encoded, ImageState, TextState, TextTokens, VisionLanguageModel, fuses
 
 
 class TokensCorrected(nn.Module):
@@ -60,6 +61,31 @@ def corrected(model: VisionLanguageModel, corrections: Mapping[str, nn.Module]) 
     for module in corrections.values():
         module.eval()
     return made
+
+
+Texts = dict[bytes, TextState]
+
+
+def remembering(model: VisionLanguageModel, texts: Texts, *, most: int = 1024) -> VisionLanguageModel:
+    """`model`, changed to encode equal batches of captions once, as long as no gradient is asked for.
+
+    texts: what was encoded, to be shared by models with the same text side; `most` batches are kept.
+    """
+    encode = model.encode_text
+
+    def remembered(tokens: TextTokens) -> TextState:
+        if torch.is_grad_enabled() or tokens.shift is not None:
+            return encode(tokens)
+        key = repr(tuple(tokens.ids.shape)).encode() + tokens.ids.cpu().numpy().tobytes()
+        if key in texts:
+            return texts[key]
+        state = encode(tokens)
+        if len(texts) < most:
+            texts[key] = state
+        return state
+
+    vars(model)["encode_text"] = remembered
+    return model
 
 
 def check_sites(model: VisionLanguageModel, sites: tuple[str, ...]) -> None:

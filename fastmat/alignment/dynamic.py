@@ -119,6 +119,7 @@ def randomised(gate: Gate, features: Tensor, *, seed: int) -> Gate:
     return made
 
 
+@torch.no_grad()
 def moved(correction: nn.Module, features: Tensor) -> float:
     """The root mean square of what a correction adds to `features`."""
     return float((correction(features) - features).square().mean().sqrt())

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmat.alignment.corrected import corrected
+from fastmat.alignment.corrected import Texts, corrected, remembering
 from fastmat.alignment.file import Correction
 from fastmat.alignment.layers import image_layers, text_layers
 from fastmat.alignment.misalignment import Misalignment, measure
@@ -70,6 +70,7 @@ class Subject:
     folder: Path
     say: Callable[[str], None]
     made: dict[str, list[Attacked]] = field(default_factory=dict)
+    texts: Texts = field(default_factory=dict)
 
     def attacked(self, run: Run) -> list[Attacked]:
         """`run` on the model without a correction: made once, while the study runs."""
@@ -117,6 +118,8 @@ class Subject:
         if missing:
             self.say(f"{self.label}, {correction}: {', '.join('-'.join(filter(None, cell)) for cell in missing)}")
             victim = corrected(self.model, modules)
+            if "text" not in modules:
+                remembering(victim, self.texts)
             gallery = encode_gallery(victim, self.told(self.batches, modules), rerank=self.rerank)
             for cell in missing:
                 run, subject = wanted[cell]

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastmat.alignment.corrected import check_sites, corrected
+from fastmat.alignment.corrected import Texts, check_sites, corrected, remembering
 from fastmat.alignment.dynamic import Gate, randomised, size_of, summaries, with_inputs
 from fastmat.alignment.file import Correction, read_corrections, write_corrections, written_for
 from fastmat.alignment.oracle import Oracle
@@ -133,10 +133,13 @@ class Calibration:
             ).to(pairs.clean.device)
             for site, pairs in self.pairs.items()
         }
-        rounds = iter(range(self.gate.rounds))
+        rounds, texts = iter(range(self.gate.rounds)), Texts()
 
         def renew() -> dict[str, Pairs]:
-            return self.pairs if next(rounds) == 0 else self.attacked(corrected(self.model, gates))
+            if next(rounds) == 0:
+                return self.pairs
+            surrogate = corrected(self.model, gates)
+            return self.attacked(surrogate if "text" in gates else remembering(surrogate, texts))
 
         train_gates(gates, renew, self.gate, logit_scale=float(self.model.logit_scale.detach()), seed=self.seed)
         return gates

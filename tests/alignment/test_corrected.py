@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastmat.alignment.corrected import check_sites, check_widths, corrected
+from fastmat.alignment.corrected import Texts, check_sites, check_widths, corrected, remembering
 from fastmat.alignment.dynamic import Gate
 from fastmat.alignment.oracle import Oracle
 from fastmat.alignment.static import Affine, folded
@@ -90,6 +90,19 @@ def test_tokens_that_enter_the_fusion() -> None:
     assert torch.equal(again.encode_image(images).tokens, state.tokens)
     with pytest.raises(AttributeError, match="no_such_thing"):
         made.no_such_thing  # noqa: B018
+
+
+def test_captions_are_encoded_once() -> None:
+    model, texts, seen = tiny_clip(), Texts(), []
+    model.text_projection.register_forward_hook(lambda *_: seen.append(1))
+    first, second = (remembering(corrected(model, {"image": affine(16, seed)}), texts) for seed in (0, 1))
+    tokens = model.tokenize(TEXTS)
+    with torch.no_grad():
+        states = [made.encode_text(tokens) for made in (model, first, second, first)]
+        other = first.encode_text(model.tokenize(TEXTS[::-1]))
+    assert len(seen) == 3 and all(torch.allclose(state.features, states[0].features, atol=1e-6) for state in states)
+    assert torch.allclose(other.features, states[0].features.flip(0), atol=1e-6)
+    assert first.encode_text(tokens).features.requires_grad, "with gradients it encodes"
 
 
 def test_refusals() -> None:

@@ -36,6 +36,7 @@ if typing.TYPE_CHECKING:
     from fastmat.augment.augmentation import Augment
     from fastmat.data.truth import Truth
     from fastmat.defences.teacher_cache import TeacherCache
+    from fastmat.pipeline.base import Expert
     from fastmat.tasks.base import Task
     from fastmat.text.candidate_cache import CandidateCache
     from fastmat.text.mlm import MaskedLanguageModel
@@ -147,6 +148,12 @@ TASKS = {
     "entailment": "fastmat.tasks.entailment:Entailment",
     "zero_shot": "fastmat.tasks.zero_shot:ZeroShot",
 }
+EXPERTS = {
+    "retrieval": "fastmat.pipeline.retrieval:Retrieval",
+    "tagging": "fastmat.pipeline.tagging:Tagging",
+    "captioning": "fastmat.pipeline.captioning:Captioning",
+    "grounding": "fastmat.pipeline.grounding:Grounding",
+}
 # Streamed, for sets that do not fit in memory: training reads them too, nothing else does.
 TRAINING_SETS = {**DATASETS, "shards": "fastmat.data.shards:open_shards"}
 
@@ -177,6 +184,8 @@ RESERVED = frozenset(
         "teacher_cache",
         "prompts",
         "quirks",
+        "vlm",
+        "gallery",
         "dataset",
     }
 )
@@ -513,6 +522,14 @@ def build_truths(components: Mapping[str, Component], dataset: RetrievalSet) -> 
 def build_task(component: Component, *, where: str = "task") -> Task:
     """A task with its data."""
     return typing.cast("Task", build(TASKS, component, where=where))
+
+
+def build_expert(
+    component: Component, *, vlm: VisionLanguageModel, gallery: tuple[str, ...], where: str = "expert"
+) -> Expert:
+    """An expert that sees with `vlm`; gallery: the captions of the data."""
+    given: Given = {"vlm": lambda: vlm, "gallery": lambda: gallery}
+    return typing.cast("Expert", build(EXPERTS, component, where=where, given=given))
 
 
 def build_training_data(

@@ -20,6 +20,7 @@ ORDER = (
     ("perturbations",),  # attacks, some made of generators; built by name
     ("training", "evaluation"),
     ("tasks",),
+    ("pipeline",),
     ("report",),
     ("build",),
     ("benchmarks",),
@@ -33,7 +34,7 @@ NARROW = {
     "kernels": set(),
     "data": set(),
     "text": {"models.protocol"},
-    "report": {"evaluation.results", "augment.results", "training.results", "tasks.results"},
+    "report": {"evaluation.results", "augment.results", "training.results", "tasks.results", "pipeline.results"},
 }
 # These see models through the protocol and through files of weights, never a concrete class.
 WITHOUT_CONCRETE_MODELS = (
@@ -46,6 +47,7 @@ WITHOUT_CONCRETE_MODELS = (
     "training",
     "evaluation",
     "tasks",
+    "pipeline",
 )
 ABSTRACT_MODELS = {"models.protocol", "models.sharding", "models.weights"}
 TOPS = ("fastmat", "kernels", "configs", "benchmarks")

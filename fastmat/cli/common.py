@@ -32,12 +32,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def keeping_rows(out: Path) -> Iterator[None]:
-    """For commands that write row by row: Ctrl-C inside says whether there is anything to go on with."""
+def keeping_rows(out: Path, name: str = "results.json") -> Iterator[None]:
+    """For commands that write row by row, to `out/name`: Ctrl-C inside says whether there is anything to go on with."""
     try:
         yield
     except KeyboardInterrupt as error:
-        file = out / "results.json"
+        file = out / name
         said = f"finished rows are in {file}; the same command with --resume goes on" if file.exists() else None
         raise Interrupted(said or "no row was finished, nothing was written") from error
 

@@ -13,15 +13,19 @@ its figures twice.
       'surrogates={b32: {name: open_clip, architecture: ViT-B-32, pretrained: openai}}'
     fastmat eval --config clip-vit-b16-flickr30k-eval --out runs/sets 'sets=[runs/sga]' 'attacks={}'
     fastmat eval --config clip-vit-b16-coco-eccv-eval --out runs/coco-eccv-eval
+    fastmat eval --pipeline --config pipeline --out runs/pipeline
+
+The last judges vision experts, and an agent that calls them, by what attacks change of what they
+say; with --pipeline the keys are others, and stand at the end.
 """
 
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 from fastmat.build import resolve_device
+from fastmat.cli import pipeline
 from fastmat.cli.cells import Cells
 from fastmat.cli.common import (
     MlmLoader,
@@ -50,10 +54,14 @@ from fastmat.report.html import write_report
 
 def add_arguments(parser: Parser) -> None:
     add_config_arguments(parser, resume=True)
-    parser.keys = partial(describe, EvalConfig)
+    parser.add_argument("--pipeline", action="store_true", help="judge vision experts, and an agent that calls them")
+    parser.keys = lambda: f"{describe(EvalConfig)}\n\n{pipeline.keys()}"
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.pipeline:
+        pipeline.run(arguments)
+        return
     config = load_config(EvalConfig, arguments.config, arguments.settings)
     check_out(arguments.out, resume=arguments.resume, sign="results.json")
     with keeping_rows(arguments.out):

@@ -14,6 +14,7 @@ from fastmat.attacks.engine import Engine, executing
 from fastmat.build import build_data
 from fastmat.cli.common import Interrupted
 from fastmat.cli.config import AttackConfig, EvalConfig, TaskConfig
+from fastmat.cli.pipeline_config import PipelineConfig
 from fastmat.cli.together import Processes
 from fastmat.data.loader import EvaluationBatches, evaluation_batches
 from fastmat.data.retrieval import RetrievalSet
@@ -55,7 +56,7 @@ class FitSet:
 
 
 def fit_set(
-    config: AttackConfig | EvalConfig | TaskConfig, judged: RetrievalSet, *, needed_by: str | None
+    config: AttackConfig | EvalConfig | TaskConfig | PipelineConfig, judged: RetrievalSet, *, needed_by: str | None
 ) -> FitSet | None:
     """The data of `fit_data`, None where no attack needs it. needed_by: where in the config the first one stands.
 

@@ -14,6 +14,7 @@ from fastmat.cli.config import EvalConfig, TaskConfig
 from fastmat.cli.ensembles import Ensemble, Variant, split
 from fastmat.cli.fitting import FitSet, fit_set
 from fastmat.cli.making import attack_with_hash, inputs_of
+from fastmat.cli.pipeline_config import PipelineConfig
 from fastmat.data.retrieval import RetrievalSet
 from fastmat.data.truth import Truth
 from fastmat.errors import UserError
@@ -101,7 +102,7 @@ def plan_cells(config: EvalConfig, *, mlm: MlmLoader, engine: Engine, cache: Can
 
 
 def attack_variants(
-    config: EvalConfig | TaskConfig, *, mlm: MlmLoader, cache: CandidateCache | None
+    config: EvalConfig | TaskConfig | PipelineConfig, *, mlm: MlmLoader, cache: CandidateCache | None
 ) -> dict[str, list[Variant]]:
     """Label to the same attack at every radius, the main one first."""
     made: dict[str, list[Variant]] = {}
@@ -114,7 +115,9 @@ def attack_variants(
     return made
 
 
-def single_variants(config: TaskConfig, *, mlm: MlmLoader, cache: CandidateCache | None) -> dict[str, list[Variant]]:
+def single_variants(
+    config: TaskConfig | PipelineConfig, *, mlm: MlmLoader, cache: CandidateCache | None
+) -> dict[str, list[Variant]]:
     """The same. Raises UserError for an ensemble: its row would be the worst case over its runs, which only retrieval
     has."""
     made = attack_variants(config, mlm=mlm, cache=cache)
@@ -126,7 +129,7 @@ def single_variants(config: TaskConfig, *, mlm: MlmLoader, cache: CandidateCache
     return made
 
 
-def radii(config: EvalConfig | TaskConfig) -> list[ThreatModel]:
+def radii(config: EvalConfig | TaskConfig | PipelineConfig) -> list[ThreatModel]:
     """The threat model of `threat`, then the others of `eps`."""
     threat = build_threat(config.threat)
     more = [build_threat({**config.threat, "eps": eps}, where="eps") for eps in config.eps]

@@ -16,6 +16,7 @@ from fastmat.cli.parser import Parser
 from fastmat.cli.watching import told_to
 from fastmat.errors import UserError
 from fastmat.report.html import write_report
+from fastmat.report.pipeline import is_pipeline_results, write_pipeline_report
 from fastmat.report.tasks import is_task_results, write_task_report
 from fastmat.report.training import write_training_report
 
@@ -36,5 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(write_training_report(arguments.folder, about=told_to(arguments.folder)))
     elif is_task_results(arguments.folder):
         print(write_task_report(arguments.folder))
+    elif is_pipeline_results(arguments.folder):
+        print(write_pipeline_report(arguments.folder))
     else:
         print(write_report(arguments.folder))

@@ -7,6 +7,7 @@ import pytest
 from fastmat.build import Component
 from fastmat.cli.config import AttackConfig, EvalConfig, QuickstartConfig, Section, TaskConfig, TrainConfig
 from fastmat.cli.load import load_config, plain, shipped
+from fastmat.cli.pipeline_config import PipelineConfig
 from fastmat.errors import UserError
 from fastmat.studies import itc_weight
 
@@ -134,6 +135,7 @@ def schema_of(name: str) -> type[Section]:
         "task": TaskConfig,
         "quickstart": QuickstartConfig,
         "study": itc_weight.Config,
+        "pipeline": PipelineConfig,
     }
     return kinds[name.rsplit("-", 1)[-1]]
 
@@ -144,6 +146,7 @@ def test_shipped_configs_are_valid_and_open_with_their_command(name: str) -> Non
     first = (Path(__file__).parents[2] / "configs" / f"{name}.yaml").read_text().splitlines()[0]
     command = name.rsplit("-", 1)[-1]
     command += " itc-weight" if command == "study" else ""
+    command = "eval --pipeline" if command == "pipeline" else command
     assert first.startswith(f"# fastmat {command} " + ("" if name == "quickstart" else f"--config {name} "))
 
 
@@ -162,5 +165,5 @@ def test_shipped_configs_cover_what_the_readme_promises() -> None:
     tasks = ["albef-refcoco-task", "albef-snli-ve-task", "blip-coco-captions-task", "clip-zero-shot-task"]
     truths = ["clip-vit-b16-coco-eccv-eval"]
     assert shipped() == sorted(
-        [*sets, *fused, *tasks, *truths, "itc-weight-study", "itc-weight-coco-study", "quickstart"]
+        [*sets, *fused, *tasks, *truths, "itc-weight-study", "itc-weight-coco-study", "quickstart", "pipeline"]
     )

@@ -21,7 +21,7 @@ class EvadingPGD(Attack):
     is to be chosen. Each image keeps its best iterate among those that pass, its last where none does.
 
     objective: must have a gradient at the clean image, where it starts: a random start would be seen.
-    margin: how far below 0 a score must be to pass; steps 20 and step_size eps / 4, which falls linearly to 0; towards
+    margin: how far below 0 a score must be to pass; steps 100 and step_size eps / 4, which falls linearly to 0; towards
         the objective signs are followed, away from the detector the gradient itself, scaled to its largest pixel: noise
         is what detectors see. All this project's choice.
     Raises UserError without a step or with a negative step size.
@@ -33,7 +33,7 @@ class EvadingPGD(Attack):
         threat: ThreatModel,
         detector: Detector,
         objective: Objective | None = None,
-        steps: int = 20,
+        steps: int = 100,
         step_size: float | None = None,
         margin: float = 0.5,
         seed: int = 0,

@@ -162,6 +162,10 @@ class Study:
             return own
         return Component(name=own.name, arguments={**own.arguments, "detector": str(subject.detector)})
 
+    def draws_anew(self, label: str) -> bool:
+        """Whether a guard is random, so that draws of it differ."""
+        return bool(locate(GUARDS[self.config.guards[label].name]).random)
+
     def detecting(self, label: str, subject: Subject) -> bool:
         return "detector" in self.guard(label, subject).arguments and subject.detector is not None
 
@@ -176,7 +180,7 @@ class Study:
             }
             for guard, measured in counts.items():
                 for (attack, way), own in measured.items():
-                    through = way == "guard" and attack != EVADING
+                    through = way == "guard" and attack != EVADING and self.draws_anew(guard)
                     lines.append(
                         Line(
                             model=model,
@@ -217,7 +221,7 @@ class Study:
             for (attack, made), own in outcomes.items():
                 if made == way and own.scores is not None:
                     against = attack if made == "bare" or attack == EVADING else f"{attack} through {guard}"
-                    yield detection(model, against, clean, own.scores, bootstrap)
+                    yield detection(model, against, clean, own.scores, bootstrap, adaptive=made == "guard")
 
     def inputs(self, subject: Subject, guard: str, made: Made) -> str:
         """sha256 of all that a cell depends on."""
@@ -231,7 +235,7 @@ class Study:
                 "attack": of_attack,
                 "way": way,
                 "draws": self.config.draws.get(attack, 1),
-                "evading": plain(self.config.detector) if attack == EVADING and self.config.detector else None,
+                "steps": self.config.detector.evading_steps if attack == EVADING and self.config.detector else None,
                 "data": self.dataset.fingerprint(),
                 "threat": self.config.threat,
                 "batch_size": self.config.test_batch_size,

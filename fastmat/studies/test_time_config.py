@@ -54,7 +54,7 @@ class DetectorPart(Section):
     images: int = Field(400, gt=0, description="how many training images, each clean and attacked")
     attack: AttackChoice = Field(Component(name="pgd"), description="how they are attacked, through the bare model")
     false_alarms: Number = Field(0.05, gt=0, lt=1, description="share of clean training images that it may flag")
-    evading_steps: int = Field(20, gt=0, description="steps of the PGD that must not be detected")
+    evading_steps: int = Field(100, gt=0, description="steps of the PGD that must not be detected")
 
 
 class Config(Section):

@@ -11,8 +11,8 @@ from fastmat.report.labels import ATTACKS
 from fastmat.report.study import Rate, Section, Table, render_study
 from fastmat.studies.itc_weight_report import standalone
 from fastmat.studies.test_time_plots import roc_plot, verdict_plot
-from fastmat.studies.test_time_results import Detection, Line, TestTimeResults, Verdict
-from fastmat.studies.test_time_verdicts import guard_name, points
+from fastmat.studies.test_time_results import Detection, Estimate, Line, TestTimeResults, Verdict
+from fastmat.studies.test_time_verdicts import guard_name
 
 TITLE = "Test-time defences, honestly attacked"
 MADE = {"": "", "bare": "made on the bare model", "guard": "made through the guard"}
@@ -27,8 +27,9 @@ def guide(results: TestTimeResults) -> str:
         "guard, goes through it with gradients where there are any and averages over its draws, or is one of those on "
         f"the bare model; of several attacks the one that leaves least. Verdicts go by {metric}; a gain is the paired "
         "difference to the bare model under its own strongest attack, and an interval that holds 0 is no gain. Images "
-        "alone are attacked, since an attack on words goes past every guard. In percent, each with a 95 % bootstrap "
-        "interval over images; one seed."
+        "alone are attacked, since an attack on words goes past every guard. What an attack leaves bounds what there "
+        "is from above: a stronger one may leave less. In percent, each with a 95 % bootstrap interval over images; "
+        "one seed."
     )
 
 
@@ -91,8 +92,10 @@ def plots_of(model: str, results: TestTimeResults) -> dict[str, tuple[str, str]]
     detections = [own for own in results.detectors if own.model == model]
     if detections:
         made["roc"] = (
-            roc_plot(detections, named=attack_name),
-            f"{model}: what its detector sees, by attack. Dotted line: the threshold.",
+            # Of those that do not know of the detector, the first stands for all.
+            roc_plot(detections[:1] + [own for own in detections[1:] if own.adaptive], named=attack_name),
+            f"{model}: what its detector sees of an attack that does not know of it, and of those that do. Dotted: "
+            "the threshold.",
         )
     return made
 
@@ -109,13 +112,19 @@ def tables_of(model: str, results: TestTimeResults) -> list[Table]:
 def verdict_table(verdicts: Sequence[Verdict], *, at: int) -> Table:
     def row(own: Verdict) -> list[Rate]:
         rates = [own.clean, own.claimed, own.adaptive]
-        gains = [Rate(value=points(gain)) for gain in (own.claimed_gain, own.adaptive_gain)]
+        gains = map(gain_of, (own.claimed_gain, own.adaptive_gain))
         attack, comma, made = own.adaptive_by.partition(",")
         by = f"{attack_name(attack)}{comma}{made}"
         return [Rate(value=own.verdict), *map(Rate.of, rates), *gains, Rate(value=by)]
 
     header = ["guard", "verdict", f"clean R@{at}", "claimed", "adaptive", "gain claimed", "gain adaptive", "strongest"]
     return Table(title="Verdicts", header=header, lines=[(guard_name(own.guard), row(own)) for own in verdicts])
+
+
+def gain_of(estimate: Estimate) -> Rate:
+    """With a sign, as a gain has one."""
+    gain, low, high = (f"{number + 0.0:+.1f}" for number in estimate)
+    return Rate(value=gain, interval=f"{low} to {high}")
 
 
 def attack_table(lines: Sequence[Line]) -> Table:

@@ -12,7 +12,7 @@ LINE: model, guard ("none": the bare model), attack ("none": clean images)
 VERDICT: of one model and guard, in r@K, K = `at`
       clean, clean_gain, claimed, claimed_gain, adaptive, adaptive_gain: ESTIMATE; gains are over the bare model
       claimed_by, adaptive_by: the attack that left least
-DETECTOR: of one model, against one set of attacked images
+DETECTOR: of one model, against one set of attacked images; adaptive: whether they were made with it in mind
       auc, found: ESTIMATE, area under the curve and share above the threshold; false_alarms: of clean images
       curve     [[false alarms, found], ...]
 """
@@ -57,6 +57,7 @@ class Detection(BaseModel):
     model_config = STRICT
     model: str
     against: str
+    adaptive: bool
     auc: Estimate
     found: Estimate
     false_alarms: Estimate

@@ -13,7 +13,6 @@ import torch
 from fastmat.attacks.base import Attack
 from fastmat.build import MODELS, Component, build_data, build_model, check_weights, locate, parameters_of
 from fastmat.cli.common import MlmLoader
-from fastmat.cli.load import plain
 from fastmat.data.loader import EvaluationBatches, evaluation_batches
 from fastmat.data.retrieval import RetrievalSet
 from fastmat.errors import UserError
@@ -110,7 +109,7 @@ class Subjects:
             "model": key,
             "data": self.shown.fingerprint(),
             "threat": self.config.threat,
-            "detector": plain(part),
+            "detector": {"attack": part.attack.plain(), "false_alarms": part.false_alarms},
             "seed": self.config.seed,
         }
         path = self.out / "detectors" / f"{label}-{config_fingerprint(decides)[:8]}.safetensors"

@@ -156,7 +156,9 @@ def points(estimate: Estimate) -> str:
     return f"{shown} [{low}, {high}]"
 
 
-def detection(model: str, against: str, clean: Tensor, attacked: Tensor, bootstrap: Bootstrap) -> Detection:
+def detection(
+    model: str, against: str, clean: Tensor, attacked: Tensor, bootstrap: Bootstrap, *, adaptive: bool
+) -> Detection:
     """How well scores [N] of attacked images stand above those [N] of the same images clean; 0 is the threshold."""
     truth = torch.cat([torch.zeros(len(clean)), torch.ones(len(attacked))])
     alarms, found, _ = roc_curve(truth, torch.cat([clean, attacked]))
@@ -170,6 +172,7 @@ def detection(model: str, against: str, clean: Tensor, attacked: Tensor, bootstr
     return Detection(
         model=model,
         against=against,
+        adaptive=adaptive,
         auc=(area, low, high),
         curve=[(100 * float(x), 100 * float(y)) for x, y in zip(alarms, found, strict=True)],
         **{

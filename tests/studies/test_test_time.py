@@ -182,7 +182,7 @@ def test_the_area_under_the_curve_and_its_interval() -> None:
     clean, attacked = torch.randn(40, generator=generator), torch.randn(40, generator=generator) + 1
     clean[:5] = attacked[:5]  # ties
     bootstrap = Bootstrap(40, resamples=50)
-    told = detection("m", "pgd", clean, attacked, bootstrap)
+    told = detection("m", "pgd", clean, attacked, bootstrap, adaptive=False)
 
     def area(a: Tensor, b: Tensor) -> float:
         return 100 * float(roc_auc_score(torch.cat([torch.zeros(len(a)), torch.ones(len(b))]), torch.cat([a, b])))

@@ -37,6 +37,7 @@ from fastmat.evaluation.evaluate import Measured, encode_gallery, gallery_contex
 from fastmat.evaluation.manifest import config_fingerprint
 from fastmat.evaluation.results import environment
 from fastmat.evaluation.stages import Stages, counts_of, stages_of
+from fastmat.guards.base import Guard
 from fastmat.guards.evading import EvadingPGD
 from fastmat.guards.guarded import Guarded
 from fastmat.models.protocol import VisionLanguageModel
@@ -164,7 +165,7 @@ class Study:
 
     def draws_anew(self, label: str) -> bool:
         """Whether a guard is random, so that draws of it differ."""
-        return bool(locate(GUARDS[self.config.guards[label].name]).random)
+        return cast("type[Guard]", locate(GUARDS[self.config.guards[label].name])).random
 
     def detecting(self, label: str, subject: Subject) -> bool:
         return "detector" in self.guard(label, subject).arguments and subject.detector is not None

@@ -182,6 +182,21 @@ def test_an_image_that_is_lost_is_left_alone(model: DualEncoder, monkeypatch: py
     assert encoded == [4] and torch.equal(result.images, batch.images)
 
 
+def test_every_run_starts_somewhere_else(model: DualEncoder) -> None:
+    clean, asked = random_batch((1,) * 4), []
+    with torch.no_grad():
+        nearest = (model.encode_image(clean.images).features @ text_features(model, CLASSES).T).argmax(1)
+    batch, context = classes_of(model, clean, nearest.tolist())
+
+    class Recorded(SeededDraws):
+        def uniform(self, name, index, shape):
+            asked.append(name)
+            return super().uniform(name, index, shape)
+
+    APGDClasses(threat=ThreatModel(eps=1e-7), steps=1, restarts=2, targets=3)(model, batch, context, draws=Recorded(0))
+    assert asked == [f"start/{number}" for number in range(5)]
+
+
 def test_refusals(model: DualEncoder) -> None:
     with pytest.raises(UserError, match="at least one run, got 0 and 0"):
         APGDClasses(threat=THREAT, restarts=0, targets=0)

@@ -1,10 +1,12 @@
 """The wrapper is a model: what it adds, what it passes on, and that every attack runs through it."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from annotated import write_refcoco
 from batches import random_batch
 from cli.conftest import Fastmat, fastmat, pictures  # noqa: F401
 from tiny_mlm import tiny_mlm
@@ -17,6 +19,8 @@ from fastmat.attacks.objectives import CosineToOwn
 from fastmat.attacks.pgd import PGD
 from fastmat.build import Component, build_attack, build_model, parse
 from fastmat.errors import UserError
+from fastmat.evaluation.evaluate import clean_ranks
+from fastmat.evaluation.rerank import Rerank
 from fastmat.guards.guarded import Guarded
 from fastmat.models.protocol import captions_images, entails, fuses, has_embeddings, has_prefixes, unguarded
 from fastmat.models.tiny import tiny_clip
@@ -221,6 +225,18 @@ def test_weights_of_the_model_inside(tmp_path: Any) -> None:
         build.check_weights(parse(told, build.MODELS, where="model"), where="model")
 
 
+@pytest.mark.parametrize("inner", ["tiny_albef", "tiny_blip"])
+def test_both_stages_of_retrieval_see_guarded_images(inner: str) -> None:
+    batch = random_batch((2,) * 6)
+    model = guarded(inner, "jpeg")
+    ranks = clean_ranks(model, [batch], rerank=Rerank(k=3))
+    seen = batch.replace(images=model.guarded(batch.images).detach())
+    told = clean_ranks(unguarded(model), [seen], rerank=Rerank(k=3))
+    assert torch.equal(ranks.tr, told.tr) and torch.equal(ranks.ir, told.ir)
+    bare = clean_ranks(unguarded(model), [batch], rerank=Rerank(k=3))
+    assert not (torch.equal(ranks.tr, bare.tr) and torch.equal(ranks.ir, bare.ir))
+
+
 def test_no_cuda_graph_of_a_random_guard() -> None:
     token = _active.set(Engine(cuda_graph=True))
     try:
@@ -268,3 +284,12 @@ def test_eval_judges_a_guarded_victim(fastmat: Fastmat, pictures: Any, tmp_path:
     )
     assert code == 0, error
     assert "pgd *" in shown  # white box, through the guard
+
+
+def test_a_task_through_a_guard(fastmat: Fastmat, tmp_path: Any) -> None:  # noqa: F811
+    task = json.dumps({"name": "grounding", **write_refcoco(tmp_path / "refcoco"), "layer": 1})
+    model = "{name: guarded, model: tiny_albef, guard: resize_pad, draws: 2}"
+    words = ["task", f"task={task}", f"victims.one.model={model}", "attacks={pgd: {name: pgd, steps: 1}}"]
+    code, shown, error = fastmat(*words, "resamples=20", "examples=0", "--out", tmp_path / "out")
+    assert code == 0, error
+    assert "PGD" in shown and "white-box" in shown

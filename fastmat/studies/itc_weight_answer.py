@@ -47,9 +47,9 @@ def weighing(
     if not others:
         return f"{said}."
     beside = PUBLISHED if PUBLISHED in others else max(others, key=lambda weight: others[weight][0])
-    matters = kept[1] > others[beside][2]
-    verdict = "the weight matters" if matters else "what the weight changes is inside the intervals"
-    return f"{said} against {told(others[beside])} at {beside}: {verdict}."
+    below = [weight for weight in others if others[weight][2] < kept[1]]
+    verdict = f"clearly less is left at {' and '.join(below)}" if below else "the weights differ inside the intervals"
+    return f"{said} against {told(others[beside])} at {beside}; {verdict}."
 
 
 def worst_cases(lines: Sequence[Line], adversarial: Sequence[str]) -> Iterator[tuple[tuple[str, str, str], Interval]]:

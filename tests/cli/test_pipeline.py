@@ -312,6 +312,16 @@ def test_stored_sets_and_named_surrogates(fastmat: Fastmat, tmp_path: Path) -> N
     assert "PGD on other, eps 16/255" in page and "PGD on tiny, eps 16/255" in page
 
 
+def test_nothing_but_the_attack_changes_an_answer(fastmat: Fastmat, tmp_path: Path) -> None:
+    """A surrogate of another resolution resizes the pictures; the clean ones are resized with them."""
+    made = json.dumps({"plain": pipelines()["plain"]})
+    words = [*BASE, f"pipelines={made}", PGD1, "surrogates={other: {name: tiny, image_size: 16}}", "threat.eps=0"]
+    code, _, error = fastmat(*words, "--out", tmp_path / "out")
+    assert code == 0, error
+    rows = read_json(tmp_path / "out" / "results.json", PipelineResults).rows
+    assert [row.values["changed"] for row in rows] == [0, 0, 0] and rows[0].max_distance == 0
+
+
 def test_radii_that_move_nothing_are_not_repeated(fastmat: Fastmat, mlm_folder: Path, tmp_path: Path) -> None:
     attack = "attacks.words={name: bert_attack}"
     code, _, error = fastmat(*small(), attack, f"mlm={mlm_folder}", "eps=[4/255]", "--out", tmp_path / "out")

@@ -253,6 +253,8 @@ class Study:
         dynamic = next((label for label, choice in config.corrections.items() if choice.kind == "gate"), None)
         chosen = {model: min(static, key=own.__getitem__) for model, own in losses.items()} if static else {}
         partial = sorted({*config.subset, *config.only})
+        every = range(self.dataset.n_images)
+        images = {label: run.rows or every for label, run in self.runs(seed=config.seeds[0]).items()}
         results = AlignmentResults(
             study="channel-alignment",
             answer=[],
@@ -269,8 +271,8 @@ class Study:
             dynamic=dynamic,
             misalignment=self.layers,
             removed=self.removed,
-            rows=list(rows_of(found, partial=partial, resamples=config.resamples)),
-            versus=list(changes_against(found, dynamic, partial=partial, resamples=config.resamples)),
+            rows=list(rows_of(found, images=images, partial=partial, resamples=config.resamples)),
+            versus=list(changes_against(found, dynamic, images=images, partial=partial, resamples=config.resamples)),
             config=plain(config),
             environment=environment(self.device),
         )

@@ -1,135 +1,177 @@
 """The answer in two sentences, worded by the numbers: does it help, and must it depend on the input?
 
-What counts is the worst of all attacks, mean recall (R@1 and R@10, both ways), as a change on the same images. A
-correction helps a model where the whole 95 % interval of that change is above 0.
+What counts is a change of mean recall (R@1 and R@10, both ways) on the same images, of the static correction that the
+calibration pairs choose and of the dynamic one. A correction helps a model where the whole 95 % interval is above 0
+under the worst of all attacks there are; where it is under the worst of those on all images alone, it helps against
+weaker attacks only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from fastmat.studies.channel_alignment_results import AlignmentResults, Estimate, Row
+from fastmat.studies.channel_alignment_results import AlignmentResults, Estimate
 
 METRIC = "mean"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A correction of a model. worst: its change under the worst attack on all images; all: of all attacks, None: they
+    are the same, or not every attack was made; clean: on clean data."""
+
+    model: str
+    correction: str
+    worst: Estimate
+    all: Estimate | None
+    clean: Estimate
+    tried: bool
+
+    @property
+    def name(self) -> str:
+        return f"{named(self.correction)} on {self.model}"
+
+    @property
+    def weakly(self) -> bool:
+        return self.worst[1] > 0
+
+    @property
+    def helps(self) -> bool:
+        return self.weakly and self.tried and (self.all is None or self.all[1] > 0)
+
+
 def answer(results: AlignmentResults) -> list[str]:
     """Two sentences; none where no attack met every image, or neither a static nor a dynamic correction is there."""
-    changes = headline(results)
-    if not changes:
-        return []
-    return [helps(results, changes), depends(results, changes)]
+    cases = headline(results)
+    return [helps(results, cases), depends(results, cases)] if cases else []
 
 
-def headline(results: AlignmentResults) -> list[tuple[Row, str]]:
-    """Of every model the static correction that calibration chose and the dynamic one, under the worst attack; with
-    what each is called."""
+def headline(results: AlignmentResults) -> list[Case]:
+    """Of every model the static correction that calibration chose, and the dynamic one."""
+    change = {
+        (row.model, row.correction, row.attack): row.change[METRIC]
+        for row in results.rows
+        if row.made_on == "" and row.change.get(METRIC)
+    }
+    several = any(row.attack == "all" for row in results.rows)
     found = []
-    for row in results.rows:
-        if row.attack != "worst" or not row.change.get(METRIC):
+    for model, correction, attack in change:
+        if attack != "worst" or correction not in (results.chosen.get(model), results.dynamic):
             continue
-        if row.correction in (results.chosen.get(row.model), results.dynamic):
-            found.append((row, f"{named(row.correction)} on {row.model}"))
+        worst, clean = change[model, correction, "worst"], change[model, correction, "none"]
+        whole = change.get((model, correction, "all"))
+        assert worst is not None and clean is not None
+        tried = whole is not None or not several
+        found.append(Case(model=model, correction=correction, worst=worst, all=whole, clean=clean, tried=tried))
     return found
 
 
-def helps(results: AlignmentResults, changes: Sequence[tuple[Row, str]]) -> str:
-    told = [(change_of(row), name) for row, name in changes]
-    up = [f"{name} {points(change)}" for change, name in told if change[1] > 0]
-    down = [f"{name} {points(change)}" for change, name in told if change[2] < 0]
-    best, best_name = max(told, key=lambda pair: pair[0][0])
-    said = shift(results)
-    if up:
-        verdict = f"It helps in {len(up)} of {len(told)} cases: under the worst of all attacks mean recall changes by "
-        verdict += listed(up)
-        rest = len(told) - len(up) - len(down)
-        verdict += f", and stays within its interval in {rest}" if rest else ""
-        verdict += f", but falls with {listed(down)}" if down else ""
-    else:
-        verdict = (
-            "It does not help: under the worst of all attacks, through the correction included, neither a static nor "
-            f"the dynamic correction raises mean recall above its interval ({count(results)}; the most is {best_name}, "
-            f"{points(best)})"
+def helps(results: AlignmentResults, cases: Sequence[Case]) -> str:
+    strong = [case for case in cases if case.helps]
+    weak = [case for case in cases if case.weakly and not case.helps]
+    down = [f"{case.name} ({points(case.worst)})" for case in cases if case.worst[2] < 0]
+    both = len({case.correction == results.dynamic for case in cases}) == 2
+    who = "neither the chosen static nor the dynamic correction" if both else "no correction"
+    if strong:
+        said = (
+            f"It helps in {len(strong)} of {len(cases)} cases: under the worst of all attacks mean recall changes by "
         )
-        verdict += f", and it falls with {listed(down)}" if down else ""
-    return f"{verdict}; {said}{cost(results, changes)}."
+        said += listed([f"{points(case.all or case.worst)} ({case.name})" for case in strong])
+        said += f"; against weaker attacks alone with {weaker(weak)}" if weak else ""
+    elif weak:
+        said = (
+            f"It helps in {len(weak)} of {len(cases)} cases, and against weaker attacks only: under the worst of those "
+            f"on all images mean recall changes by {weaker(weak)}"
+        )
+    else:
+        most = max(cases, key=lambda case: case.worst[0])
+        said = (
+            f"It does not help: under the worst attack, made through the correction, without it or elsewhere, {who} "
+            f"raises mean recall above its interval (the most: {points(most.worst)}, {most.name})"
+        )
+    said += f"; it falls with {listed(down)}" if down else ""
+    clean = span([case.clean[0] for case in cases], sign=True)
+    return f"{said}; {shift(results)}, and clean mean recall changes by {clean} points."
+
+
+def weaker(cases: Sequence[Case]) -> str:
+    """What the worst on all images shows, and what is left of it under all attacks."""
+    return listed(
+        [
+            f"{points(case.worst)} ({case.name}; of all attacks together: "
+            f"{points(case.all) if case.all is not None else 'not tried'})"
+            for case in cases
+        ]
+    )
 
 
 def shift(results: AlignmentResults) -> str:
-    """What a constant explains at the projections where corrections may stand."""
+    """What a constant explains where corrections stand."""
+    layers = {"image": ("image", "projection output"), "text": ("text", "projection output")}
+    places = [layers.get(site, ("image", "tokens to fusion")) for site in results.config["sites"]]
     found = [
         layer.explained_by_shift[0]
         for layer in results.misalignment
-        if layer.layer in ("projection output", "tokens to fusion") and layer.explained_by_shift
+        if (layer.encoder, layer.layer) in places and layer.explained_by_shift
     ]
     if not found:
         return "the shift was not measured"
-    return f"one constant vector explains {span([100 * share for share in found])} % of the shift where they stand"
+    return f"one constant vector explains {span([100 * share for share in found])} % of the shift there"
 
 
-def cost(results: AlignmentResults, changes: Sequence[tuple[Row, str]]) -> str:
-    """Of the clean recall."""
-    same = {(row.model, row.correction) for row, _ in changes}
-    clean = [change_of(row)[0] for row in results.rows if row.attack == "none" and (row.model, row.correction) in same]
-    return f", and clean mean recall changes by {span(clean, sign=True)} points"
-
-
-def depends(results: AlignmentResults, changes: Sequence[tuple[Row, str]]) -> str:
+def depends(results: AlignmentResults, cases: Sequence[Case]) -> str:
     kinds = {label: choice.get("kind") for label, choice in results.config["corrections"].items()}
     control = next((label for label, kind in kinds.items() if kind == "constant_gate"), None)
-    pairs = [
-        (versus.model, versus.values[METRIC])
-        for versus in results.versus
-        if versus.attack == "worst" and versus.other == (control or results.chosen.get(versus.model))
-    ]
-    against = "the same gate with a constant input, a static map with as many trained parameters" if control else "it"
-    told = [(model, value) for model, value in pairs if value is not None]
-    if not told:
+    found: Mapping[str, dict[str, Estimate]] = {"worst": {}, "all": {}}
+    for versus in results.versus:
+        value = versus.values.get(METRIC)
+        if versus.attack in found and versus.other == (control or results.chosen.get(versus.model)) and value:
+            found[versus.attack][versus.model] = value
+    if not found["worst"]:
         return "Whether it must depend on the input was not asked: a gate and a static correction are both needed."
-    better = [f"{points(value)} on {model}" for model, value in told if value[1] > 0]
-    worse = [f"{points(value)} on {model}" for model, value in told if value[2] < 0]
-    warning = not_adaptive(results)
-    if better and any(change_of(row)[1] > 0 and row.correction == results.dynamic for row, _ in changes):
-        said = f"It must depend on the input there: the dynamic correction beats {against} by {listed(better)}"
+    against = "its constant-input control, a static map with as many trained parameters" if control else "it"
+    better = {model: value for model, value in found["worst"].items() if value[1] > 0}
+    stays = {model: value for model, value in found["all"].items() if value[1] > 0}
+    helped = [case.model for case in cases if case.helps and case.correction == results.dynamic]
+    if better and set(helped) & (set(stays) if found["all"] else set(better)):
+        said = f"It must depend on the input there: the dynamic correction beats {against} by {per_model(better)}"
     elif better:
-        said = (
-            f"The input makes a difference, the dynamic correction beats {against} by {listed(better)}, but none that "
-            "lifts it above the model without a correction on its own"
-        )
+        said = f"What there is of it needs the input: the dynamic correction beats {against} by {per_model(better)}"
+        if found["all"]:
+            said += f" under the worst attack on all images, by {per_model(found['all'])} under all attacks together"
     else:
-        most = max(told, key=lambda pair: pair[1][0])
+        model, most = max(found["worst"].items(), key=lambda item: item[1][0])
         said = (
-            f"It need not depend on the input: the dynamic correction is no better than {against} (the most is "
-            f"{points(most[1])} on {most[0]})"
+            f"It need not depend on the input: the dynamic correction is no better than {against} (the most: "
+            f"{points(most)} on {model})"
         )
-        said += f", and worse by {listed(worse)}" if worse else ""
-    return f"{said}{warning}."
+    return f"{said}{not_adaptive(results)}."
+
+
+def per_model(values: Mapping[str, Estimate]) -> str:
+    return listed([f"{points(value)} on {model}" for model, value in values.items()])
 
 
 def not_adaptive(results: AlignmentResults) -> str:
     """What attacks that do not know of the dynamic correction would have shown, beside those that do."""
     changes = {
-        (row.attack, row.model, row.made_on): change_of(row)
+        (row.attack, row.model, row.made_on): row.change[METRIC]
         for row in results.rows
-        if row.correction == results.dynamic and row.made_on in ("uncorrected", "corrected")
+        if row.correction == results.dynamic and row.change.get(METRIC)
     }
-    found = {key: change for key, change in changes.items() if key[2] == "uncorrected"}
-    if not found:
+    pairs = [
+        (without, through, attack, model)
+        for (attack, model, made_on), without in changes.items()
+        if made_on == "uncorrected" and without and (through := changes.get((attack, model, "corrected")))
+    ]
+    if not pairs:
         return ""
-    attack, model, _ = max(found, key=lambda key: found[key][0])
-    same = found[attack, model, "uncorrected"]
-    told = f"; made without it, {attack.upper()} would have shown {points(same)} on {model}"
-    adaptive = changes.get((attack, model, "corrected"))
-    return told + (f", made through it {points(adaptive)}" if adaptive else "")
-
-
-def change_of(row: Row) -> Estimate:
-    return row.change.get(METRIC) or (0.0, 0.0, 0.0)
-
-
-def count(results: AlignmentResults) -> str:
-    models = len({row.model for row in results.rows})
-    return f"{models} models" if models > 1 else "1 model"
+    without, through, attack, model = max(pairs, key=lambda pair: pair[0][0] - pair[1][0])
+    return (
+        f"; made without it, {attack.upper()} would have shown {points(without)} on {model}, made through it "
+        f"{points(through)}"
+    )
 
 
 def named(label: str) -> str:

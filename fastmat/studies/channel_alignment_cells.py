@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,9 @@ from fastmat.alignment.layers import image_layers, text_layers
 from fastmat.alignment.misalignment import Misalignment, measure
 from fastmat.alignment.oracle import Oracle
 from fastmat.alignment.pairs import Site
-from fastmat.attacks.base import Attack
+from fastmat.attacks.base import Attack, frozen
+from fastmat.attacks.draws import SeededDraws
+from fastmat.attacks.masking import UnreliableGradient, gradient_warnings
 from fastmat.cli.ensembles import Ensemble
 from fastmat.data.loader import EvaluationBatches
 from fastmat.evaluation.evaluate import (
@@ -41,7 +44,7 @@ from fastmat.studies.channel_alignment_fitting import site_features
 from fastmat.studies.channel_alignment_results import Layer, Removed
 from fastmat.studies.estimates import estimates
 from fastmat.studies.outcomes import read_outcome, write_outcome
-from fastmat.types import Batch
+from fastmat.types import AttackContext, Batch
 
 Modules = Mapping[str, Correction]
 MEASURED_WHOLE = ("projection output", "tokens to fusion")  # layers whose channels are listed
@@ -139,12 +142,23 @@ class Subject:
             return self.judged(victim, gallery, self.paired(batches, source.attacked(run), modules), run)
         parts = run.attack.runs if isinstance(run.attack, Ensemble) else {"": run.attack}
         context = gallery_context(gallery)
+        if isinstance(run.attack, Ensemble):
+            self.warn(victim, next(iter(self.told(batches, modules))), context, run)
         return worst_case(
             [
                 self.judged(victim, gallery, run_attack(victim, attack, self.told(batches, modules), context), run)
                 for attack in parts.values()
             ]
         )
+
+    def warn(self, victim: VisionLanguageModel, batch: Batch, context: AttackContext, run: Run) -> None:
+        """A gate may mask gradients: what a first batch shows of them."""
+        draws = SeededDraws(run.attack.seed)
+        with frozen(victim):
+            batch = batch.to(victim.logit_scale.device)
+            said = gradient_warnings(victim, batch, context, threat=run.attack.threat, draws=draws)
+        for message in said.values():
+            warnings.warn(f"{self.label}: {message}", UnreliableGradient, stacklevel=1)
 
     def judged(self, victim: VisionLanguageModel, gallery: Gallery, made: Iterable[Attacked], run: Run) -> Ranks:
         if run.rows is not None:
@@ -175,7 +189,7 @@ class Subject:
         )
         told: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         if told.get("inputs") != inputs:
-            layers = list(self._layers(run, seed=seed, resamples=resamples))
+            layers = list(self._layers(run))
             removed = list(self._removed(run, corrections, seed=seed, resamples=resamples))
             told = {
                 "inputs": inputs,
@@ -188,7 +202,7 @@ class Subject:
             Removed.model_validate(part) for part in told["removed"]
         ]
 
-    def _layers(self, run: Run, *, seed: int, resamples: int) -> Iterator[Layer]:
+    def _layers(self, run: Run) -> Iterator[Layer]:
         made = self.attacked(run)
         batches = list(self._batches(run))
         sides: list[tuple[str, Callable[..., dict[str, Tensor]], list[Any], list[Any]]] = [
@@ -200,7 +214,7 @@ class Subject:
                 continue
             clean, adversarial = layers(self.model, before), layers(self.model, after)
             for name in clean:
-                found = measure(clean[name], adversarial[name], seed=seed, resamples=resamples)
+                found = measure(clean[name], adversarial[name])
                 yield layer_of(found, model=self.label, encoder=encoder, layer=name, attack=run.label)
 
     @torch.no_grad()

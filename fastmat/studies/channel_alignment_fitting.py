@@ -117,7 +117,8 @@ class Calibration:
         gate = others[choice.of or ""][pairs.site]
         assert isinstance(gate, Gate)
         if choice.kind == "shuffled_gate":
-            return with_inputs(gate, summaries(pairs.clean))
+            # Half a set further on, so that no calibration image meets itself.
+            return with_inputs(gate, summaries(pairs.clean).roll(len(pairs.clean) // 2, 0))
         return randomised(gate, torch.cat([pairs.clean, pairs.adversarial]), seed=self.seed)
 
     def trained(self, *, constant: bool) -> dict[str, Gate]:

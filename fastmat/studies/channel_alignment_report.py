@@ -24,9 +24,12 @@ GUIDE = (
     "clean features and takes out the shift along as many directions as it says, which no defence can do. "
     "What counts is an attack made through the correction (adaptive). Figures of attacks that do not know of it, 'made "
     "without it', stand beside them as a warning: they are no evidence of robustness. Worst: each query's worst rank "
-    "over all attacks that every correction met on every image. R@1 and R@10: recall, mean of text and image "
-    "retrieval; mean recall: of both. In percent with 95 % bootstrap intervals over images and seeds."
+    "over several attacks, made on whatever. R@1 and R@10: recall, mean of text and image "
+    "retrieval; mean recall: of both. In percent with 95 % intervals over images and seeds, by bootstrap; that of R² "
+    "is a jackknife."
 )
+WORST = ("worst", "all")
+OWN = {"none": "clean", "worst": "worst on all images", "all": "worst of all"}
 MADE_ON = {"": "", "corrected": "", "uncorrected": ", made without it", "other": ", of another model"}
 
 
@@ -84,7 +87,7 @@ def page(results: AlignmentResults, sections: Sequence[Section]) -> str:
         GUIDE,
         f"{results.dataset}: {results.n_images} images, {results.n_captions} captions; calibration: "
         f"{results.calibration.n_images} images of {results.calibration.dataset}; {seeds}; "
-        f"{results.environment['device']}, torch {results.environment['torch']}.",
+        f"{results.environment['device']}, torch {results.environment['torch']}. {worst_of(results)}",
     ]
     for section in sections:
         parts.append(f"## {section.title}")
@@ -93,8 +96,18 @@ def page(results: AlignmentResults, sections: Sequence[Section]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def worst_of(results: AlignmentResults) -> str:
+    """Which attacks the worst is taken of."""
+    partial = {*results.config["subset"], *results.config["only"]}
+    found = dict.fromkeys((row.attack, row.made_on) for row in results.rows if row.correction != "none")
+    names = [
+        f"{attack_name(a)}{MADE_ON[on].replace(',', '')}" for a, on in found if a not in ("none", *WORST, *partial)
+    ]
+    return f"Worst on all images is over {', '.join(names)}; worst of all is over every attack of the tables."
+
+
 def attack_name(label: str) -> str:
-    return {"none": "clean", "worst": "worst"}.get(label) or ATTACKS.get(label, label)
+    return OWN.get(label) or ATTACKS.get(label, label)
 
 
 def cell_name(row: Row, whole: int) -> str:
@@ -182,11 +195,11 @@ def removed_table(results: AlignmentResults) -> Table:
 
 def cells_of(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """(attack, made on) in the order of the tables: clean, each attack without and then through, worst last."""
-    attacks = list(dict.fromkeys(row.attack for row in rows if row.attack != "worst"))
+    attacks = list(dict.fromkeys(row.attack for row in rows if row.attack not in WORST))
     order = ["", "uncorrected", "corrected", "other"]
     known = {(row.attack, row.made_on) for row in rows}
     cells = [(attack, on) for attack in attacks for on in order if (attack, on) in known]
-    return cells + [cell for cell in known if cell[0] == "worst"]
+    return cells + [(attack, "") for attack in WORST if (attack, "") in known]
 
 
 def headline_tables(results: AlignmentResults) -> list[Table]:

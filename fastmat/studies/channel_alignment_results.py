@@ -8,8 +8,9 @@ LAYER: model, encoder ("image", "text"), layer, attack, and the measures of `fas
        first seed; by_channel only at the projections. null: a measure that has no value there.
 ROW:   model, correction, attack, made_on ("": clean; uncorrected: not adaptive; corrected: adaptive; other: transfer)
        n_images  queries; values  metric: [value, low, high]; change  the same minus that of the model without a
-       correction under the same attack, on the same images; attack "worst": each query's worst rank over all attacks
-       that every correction met on every image, whatever they were made on.
+       correction under the same attack, on the same images; attack "worst": each query's worst rank over the
+       attacks that every correction met on every image, whatever they were made on; "all": over all attacks, on the
+       images that every one attacked.
        metrics: tr@1 ... ir@10; r@1 and r@10, the mean over images of both ways; mean, of these two.
 """
 

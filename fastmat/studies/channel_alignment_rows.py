@@ -6,14 +6,17 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 
+from fastmat.cli.ensembles import ranks_of_rows
 from fastmat.evaluation.metrics import Ranks, worst_case
 from fastmat.evaluation.stages import Counts, Stages, counts_of
 from fastmat.studies.channel_alignment_results import Row, Versus
 from fastmat.studies.estimates import estimates
 
 Cell = tuple[str, str]  # attack, made on
-Found = dict[tuple[str, str], dict[Cell, Ranks]]  # (model, correction) to outcomes, of one seed
+Found = dict[tuple[str, str], Mapping[Cell, Ranks]]  # (model, correction) to outcomes, of one seed
+Outcomes = dict[Cell, Ranks]
 WORST: Cell = ("worst", "")
+ALL: Cell = ("all", "")
 METRICS = ("tr@1", "tr@10", "ir@1", "ir@10")
 
 
@@ -38,10 +41,20 @@ def difference(a: Mapping[str, Counts], b: Mapping[str, Counts]) -> dict[str, Co
     return {name: Counts(a[name].hits - b[name].hits, a[name].queries) for name in a}
 
 
-def with_worst(cells: Mapping[Cell, Ranks], partial: Collection[str]) -> dict[Cell, Ranks]:
-    """The outcomes, and their worst; partial: attacks that do not count, on some images or through some corrections."""
-    whole = [ranks for (attack, _), ranks in cells.items() if attack != "none" and attack not in partial]
-    return {**cells, **({WORST: worst_case(whole)} if whole else {})}
+def with_worst(cells: Mapping[Cell, Ranks], images: Mapping[str, Sequence[int]], partial: Collection[str]) -> Outcomes:
+    """The outcomes and two worst cases: over the attacks that are not `partial`, on every image; and, where every
+    attack went through the correction, over all of them, on the images that all attacked.
+
+    partial: attacks on some images, or through some corrections. images: of each attack, ascending; a smaller draw is
+    part of every larger one.
+    """
+    attacked = {cell: ranks for cell, ranks in cells.items() if cell[0] != "none"}
+    whole = [ranks for (attack, _), ranks in attacked.items() if attack not in partial]
+    found = {**cells, **({WORST: worst_case(whole)} if whole else {})}
+    if partial and all((attack, "corrected") in cells for attack in images):
+        common = min(images.values(), key=len)
+        found[ALL] = worst_case([ranks_of_rows(ranks, images[cell[0]], common) for cell, ranks in attacked.items()])
+    return found
 
 
 def baseline(cell: Cell) -> Cell:
@@ -49,11 +62,13 @@ def baseline(cell: Cell) -> Cell:
     return (cell[0], "corrected") if cell[1] == "uncorrected" else cell
 
 
-def rows_of(found: Sequence[Found], *, partial: Collection[str], resamples: int) -> Iterator[Row]:
+def rows_of(
+    found: Sequence[Found], *, images: Mapping[str, Sequence[int]], partial: Collection[str], resamples: int
+) -> Iterator[Row]:
     """A row for every model, correction and attack, over the seeds in `found`."""
     for model, correction in found[0]:
-        seeds = [with_worst(of_seed[model, correction], partial) for of_seed in found]
-        plain = [with_worst(of_seed[model, "none"], partial) for of_seed in found]
+        seeds = [with_worst(of_seed[model, correction], images, partial) for of_seed in found]
+        plain = [with_worst(of_seed[model, "none"], images, partial) for of_seed in found]
         for cell in seeds[0]:
             counts = [rates(cells[cell]) for cells in seeds]
             before = [rates(cells[baseline(cell)]) for cells in plain]
@@ -70,14 +85,19 @@ def rows_of(found: Sequence[Found], *, partial: Collection[str], resamples: int)
 
 
 def changes_against(
-    found: Sequence[Found], dynamic: str | None, *, partial: Collection[str], resamples: int
+    found: Sequence[Found],
+    dynamic: str | None,
+    *,
+    images: Mapping[str, Sequence[int]],
+    partial: Collection[str],
+    resamples: int,
 ) -> Iterator[Versus]:
     """The dynamic correction minus every other one, under every attack that both met."""
     for model, other in found[0]:
         if dynamic is None or other in ("none", dynamic):
             continue
-        ours = [with_worst(of_seed[model, dynamic], partial) for of_seed in found]
-        theirs = [with_worst(of_seed[model, other], partial) for of_seed in found]
+        ours = [with_worst(of_seed[model, dynamic], images, partial) for of_seed in found]
+        theirs = [with_worst(of_seed[model, other], images, partial) for of_seed in found]
         for cell in ours[0]:
             if cell in theirs[0]:
                 counts = [difference(rates(a[cell]), rates(b[cell])) for a, b in zip(ours, theirs, strict=True)]

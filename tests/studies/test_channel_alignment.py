@@ -48,11 +48,11 @@ def test_every_cell_and_going_on(fastmat: Fastmat, out: Path) -> None:  # noqa: 
         for correction in ("none", *CORRECTIONS):
             cells = [("none", ""), ("pgd", "corrected"), ("pgd", "other"), ("worst", "")]
             cells += [("pgd", "uncorrected")] if correction != "none" else []
-            cells += [("square", "corrected")] if correction in ("none", "dynamic") else []
+            cells += [("square", "corrected"), ("all", "")] if correction in ("none", "dynamic") else []
             expected |= {(model, correction, *cell) for cell in cells}
     assert set(rows) == expected
     for key, row in rows.items():
-        assert row.n_images == (3 if key[2] == "square" else 8)
+        assert row.n_images == (3 if key[2] in ("square", "all") else 8)
         assert all(value is None or value[1] <= value[2] for value in row.values.values())
         if key[1] != "none":
             before = rows[key[0], "none", key[2], "corrected" if key[3] == "uncorrected" else key[3]]
@@ -196,6 +196,7 @@ def test_rates_and_worst_by_loops() -> None:
         )
 
     clean, a, b, part = ranks(), ranks(), ranks(), ranks()
+    part = Ranks(tr=part.tr[[1, 4]], ir=part.ir[[2, 3, 8, 9]], txt2img=torch.tensor([0, 0, 1, 1]))  # images 1 and 4
     values = []
     for i in range(6):
         for k in (1, 10):
@@ -203,67 +204,97 @@ def test_rates_and_worst_by_loops() -> None:
             values.append((float(clean.tr[i] < k) + sum(own) / len(own)) / 2)
     found = {name: float(c.hits.sum() / c.queries.sum()) for name, c in rates(clean).items()}
     assert found["mean"] == pytest.approx(sum(values) / len(values))
-    cells = {("none", ""): clean, ("a", "corrected"): a, ("b", "other"): b, ("part", "corrected"): part}
+    cells = {("none", ""): clean, ("a", "corrected"): a, ("b", "corrected"): b, ("part", "corrected"): part}
+    images = {"a": range(6), "b": range(6), "part": (1, 4)}
     rows = {
         (row.correction, row.attack): row
-        for row in rows_of([{("m", "none"): cells, ("m", "mean"): cells}], partial=["part"], resamples=20)
+        for row in rows_of(
+            [{("m", "none"): cells, ("m", "mean"): cells}], images=images, partial=["part"], resamples=20
+        )
     }
     worst = rates(worst_case([a, b]))["mean"]
     assert rows["mean", "worst"].values["mean"][0] == pytest.approx(100 * float(worst.hits.mean()))
     assert rows["mean", "worst"].change["mean"] == (0.0, 0.0, 0.0)
+    own = [
+        (sum(float(rank < k) for rank in ir) / 2 + float(tr < k)) / 2
+        for tr, ir in (
+            (
+                max(a.tr[i], b.tr[i], part.tr[p]),
+                [max(a.ir[t], b.ir[t], part.ir[t - 2 * i + 2 * p]) for t in (2 * i, 2 * i + 1)],
+            )
+            for p, i in enumerate((1, 4))
+        )
+        for k in (1, 10)
+    ]
+    assert rows["mean", "all"].n_images == 2
+    assert rows["mean", "all"].values["mean"][0] == pytest.approx(100 * sum(own) / len(own))
 
 
-def results_of(change: dict[str, tuple[float, float, float]], against: tuple[float, float, float]) -> AlignmentResults:
-    """One model; change: of the chosen static and of the dynamic correction under the worst attack."""
+Estimate = tuple[float, float, float]
+
+
+def results_of(
+    worst: dict[str, Estimate], whole: dict[str, Estimate], against: dict[str, Estimate]
+) -> AlignmentResults:
+    """One model; worst, whole: of the chosen static and the dynamic correction; against: dynamic minus static."""
     shared = {"model": "m", "n_images": 9, "values": {}}
+    cells = [("worst", "", worst), ("none", "", worst), ("all", "", whole)]
+    cells += [("pgd", "corrected", worst), ("pgd", "uncorrected", dict.fromkeys(worst, YES))]
     rows = [
         {**shared, "correction": label, "attack": attack, "made_on": made_on, "change": {"mean": value}}
+        for attack, made_on, change in cells
         for label, value in change.items()
-        for attack, made_on in (("worst", ""), ("none", ""), ("pgd", "corrected"), ("pgd", "uncorrected"))
     ]
     layer = {
         "model": "m", "encoder": "image", "layer": "projection output", "attack": "pgd", "channels": 3,
         "explained_by_shift": (0.042, 0.03, 0.05), "explained_by_affine": 0.1, "mean_shift": 1, "wasserstein": 1,
         "uniformity_clean": 1, "uniformity_adversarial": 1, "rank_correlation": 1, "by_channel": [],
     }  # fmt: skip
-    versus = {"model": "m", "dynamic": "gate", "other": "const", "attack": "worst", "made_on": ""}
+    versus = [
+        {"model": "m", "dynamic": "gate", "other": "const", "attack": attack, "made_on": "", "values": {"mean": value}}
+        for attack, value in against.items()
+    ]
     corrections = {"gate": {"kind": "gate"}, "const": {"kind": "constant_gate"}}
     return AlignmentResults.model_validate(
         {
             "study": "s", "answer": [], "dataset": "d", "n_images": 9, "n_captions": 9, "seeds": 1,
             "calibration": {"dataset": "d", "n_images": 3, "losses": {}}, "chosen": {"m": "const"}, "dynamic": "gate",
-            "misalignment": [layer], "removed": [], "rows": rows, "versus": [{**versus, "values": {"mean": against}}],
-            "config": {"corrections": corrections}, "environment": {},
+            "misalignment": [layer], "removed": [], "rows": rows, "versus": versus,
+            "config": {"corrections": corrections, "sites": ["image"]}, "environment": {},
         }
     )  # fmt: skip
 
 
 NO, YES, DOWN = (0.5, -0.5, 1.5), (5.0, 3.0, 7.0), (-3.0, -4.0, -2.0)
+NONE = (0.0, -0.3, 0.3)
+BOTH, ONE, WEAK = "It helps in 2 of 2 cases", "It helps in 1 of 2 cases", "against weaker attacks only"
 
 
 @pytest.mark.parametrize(
-    ("const", "gate", "against", "said"),
+    ("const", "gate", "whole", "against", "said"),
     [
+        (NONE, NO, {}, {"worst": NO}, ["It does not help", "most: +0.5 points [-0.5, 1.5], gate on m", "need not"]),
+        (DOWN, NO, {}, {"worst": NO}, ["It does not help", "it falls with const on m (-3.0"]),
+        (NONE, YES, {}, {"worst": YES}, [ONE, "+5.0 points [3.0, 7.0] (gate on m)", "must depend"]),
+        (YES, YES, {}, {"worst": NO}, [BOTH, "It need not depend on the input"]),
+        (NONE, YES, {"const": NONE, "gate": YES}, {"worst": YES, "all": YES}, [ONE, "must depend"]),
         (
-            (0.1, -1, 1),
-            NO,
-            NO,
-            ["It does not help", "the most is gate on m, +0.5 points [-0.5, 1.5]", "need not depend"],
+            NONE, YES, {"const": NONE, "gate": NO}, {"worst": YES, "all": NO},
+            [WEAK, "(gate on m; of all attacks together: +0.5", "needs the input", "by +0.5"],
         ),
-        (DOWN, NO, YES, ["It does not help", "it falls with const on m -3.0", "The input makes a difference"]),
-        (NO, YES, YES, ["It helps in 1 of 2 cases", "by gate on m +5.0", "must depend on the input", "m"]),
-        (YES, YES, NO, ["It helps in 2 of 2 cases", "It need not depend on the input"]),
+        (NONE, YES, {"const": NONE}, {"worst": YES}, [WEAK, "of all attacks together: not tried"]),
     ],
-)
+)  # fmt: skip
 def test_the_answer_follows_the_numbers(
-    const: tuple[float, float, float],
-    gate: tuple[float, float, float],
-    against: tuple[float, float, float],
-    said: list[str],
+    const: Estimate, gate: Estimate, whole: dict[str, Estimate], against: dict[str, Estimate], said: list[str]
 ) -> None:
-    sentences = answer(results_of({"const": const, "gate": gate}, against))
+    sentences = answer(results_of({"const": const, "gate": gate}, whole, against))
     assert len(sentences) == 2 and all(sentence.count(". ") == 0 for sentence in sentences)
     for part in said:
         assert part in " ".join(sentences)
     assert "4.2 %" in sentences[0]
-    assert "made without it, PGD would have shown" in sentences[1] and "made through it" in sentences[1]
+    assert "made without it, PGD would have shown +5.0" in sentences[1] and "made through it" in sentences[1]
+
+
+def test_no_answer_without_the_question() -> None:
+    assert answer(results_of({}, {}, {})) == []

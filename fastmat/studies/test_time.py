@@ -43,7 +43,7 @@ from fastmat.guards.guarded import Guarded
 from fastmat.models.protocol import VisionLanguageModel
 from fastmat.models.weights import read_state, save_state
 from fastmat.studies.outcomes import read_outcome, write_outcome
-from fastmat.studies.test_time_config import NO_GUARD, Config
+from fastmat.studies.test_time_config import EVADING, NO_GUARD, Config
 from fastmat.studies.test_time_report import write_study
 from fastmat.studies.test_time_results import Detection, Line, TestTimeResults
 from fastmat.studies.test_time_subjects import Subject, Subjects, say
@@ -52,7 +52,6 @@ from fastmat.types import Batch
 
 CONFIG = "test-time-study"
 WAYS = {"bare": "made on the bare model", "guard": "made through the guard"}
-EVADING = "evading_pgd"  # the attack that belongs to a guard with a detector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +98,7 @@ class Study:
         inputs = {cell: self.inputs(subject, *cell) for cell in cells}
         found = {cell: self.read(subject, *cell, inputs=inputs[cell]) for cell in cells}
         missing = [cell for cell, outcome in found.items() if outcome is None]
-        made: dict[str, list[Batch]] = {}  # on the bare model, kept for all guards
+        kept: dict[str, list[Batch]] = {}  # made on the bare model, for all guards
         for guard, (attack, way) in missing:
             say(f"{subject.label}, {guard}: {f'{attack}, {WAYS[way]}' if way else 'clean'}")
             images: Iterable[Batch]
@@ -108,9 +107,9 @@ class Study:
             elif way == "guard":
                 images = self.attacked(subject, guard, attack)
             else:
-                if attack not in made:
-                    made[attack] = list(self.attacked(subject, NO_GUARD, attack))
-                images = made[attack]
+                if attack not in kept:
+                    kept[attack] = list(self.attacked(subject, NO_GUARD, attack))
+                images = kept[attack]
             cell = guard, (attack, way)
             found[cell] = outcome = self.judged(subject, guard, images)
             self.write(subject, *cell, outcome, inputs=inputs[cell])
@@ -168,7 +167,8 @@ class Study:
         return cast("type[Guard]", locate(GUARDS[self.config.guards[label].name])).random
 
     def detecting(self, label: str, subject: Subject) -> bool:
-        return "detector" in self.guard(label, subject).arguments and subject.detector is not None
+        """Whether the guard acts on what the model's own detector flags."""
+        return self.guard(label, subject) is not self.config.guards[label]
 
     def results(self, found: Mapping[str, Mapping[str, Mapping[Made, Found]]]) -> TestTimeResults:
         bootstrap = Bootstrap(self.dataset.n_images, resamples=self.config.resamples)

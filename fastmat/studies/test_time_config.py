@@ -28,6 +28,7 @@ from fastmat.cli.config import (
 from fastmat.errors import UserError, nearest
 
 NO_GUARD = "none"
+EVADING = "evading_pgd"  # the attack that belongs to a guard with a detector
 
 
 class Candidate(Section):
@@ -94,6 +95,9 @@ class Config(Section):
     def known_labels(self) -> Config:
         if NO_GUARD in self.guards:
             raise UserError(f"guards: '{NO_GUARD}' is the bare model, which is always there; use another label")
+        for label in (NO_GUARD, EVADING):
+            if label in self.attacks:
+                raise UserError(f"attacks: '{label}' is the study's own label; use another")
         for label, draws in self.draws.items():
             if label not in self.attacks:
                 raise UserError(f"draws: '{label}' is no label of attacks{nearest(label, self.attacks)}")

@@ -94,6 +94,7 @@ def test_every_cell_and_going_on(fastmat: Fastmat, out: Path) -> None:  # noqa: 
     [
         ("guards={jpg: {name: jpg}}", "unknown name 'jpg'; did you mean 'jpeg'?"),
         ("guards={none: {name: jpeg}}", "'none' is the bare model"),
+        ("attacks={evading_pgd: {name: pgd}}", "'evading_pgd' is the study's own label"),
         ("guards={jpeg: {name: jpeg, quality: 200}}", "guards.jpeg: quality must be 1 to 100"),
         (
             "guards={f: {name: frequency_masking, detector: no.safetensors}}",

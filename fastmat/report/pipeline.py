@@ -86,11 +86,14 @@ def answer(rows: Sequence[PipelineRow]) -> str:
     said = f"Under {title_of(first[0])}, answers of {victim_name(first[0])} change: {shares}."
     if not others:
         return f"{said} No other pipeline is compared with it."
-    return f"{said} {'; '.join(verdict(own) for own in others)}."
+    return f"{said} {'; '.join(verdict(own, first) for own in others)}."
 
 
-def verdict(rows: Sequence[PipelineRow]) -> str:
-    """Of which experts of a pipeline fewer answers change than of the first one's, as far as intervals tell."""
+def verdict(rows: Sequence[PipelineRow], first: Sequence[PipelineRow]) -> str:
+    """Of which experts of a pipeline fewer answers change than of the first one's, as far as intervals tell.
+
+    Where the attack used the first one's gradients alone, this says so: it is no fair comparison.
+    """
     of: dict[str, list[str]] = {"fewer": [], "more": [], "unclear": []}
     for row in rows:
         low, high = row.ci["fewer"]
@@ -98,7 +101,9 @@ def verdict(rows: Sequence[PipelineRow]) -> str:
         of[kind].append(row.expert if kind == "unclear" else f"{row.expert} ({row.values['changed']:.0f} %)")
     parts = [f"{kind} change of {listed(of[kind])}" for kind in ("fewer", "more") if of[kind]]
     parts += [f"no difference is clear for {listed(of['unclear'])}"] if of["unclear"] else []
-    return f"With {victim_name(rows[0])}, {', '.join(parts)}"
+    spared = any(row.white_box for row in first) and not any(row.white_box for row in rows)
+    aside = ", whose gradients the attack did not use" if spared else ""
+    return f"With {victim_name(rows[0])}{aside}, {', '.join(parts)}"
 
 
 def listed(words: Sequence[str]) -> str:

@@ -185,6 +185,8 @@ def test_the_answer_says_what_intervals_allow(tmp_path: Path) -> None:
         other = {**made[3].ci, "fewer": (-1.0, 1.0)}
         told = answer([*made[:2], made[2].model_copy(update={"ci": ci}), made[3].model_copy(update={"ci": other})])
         assert said in told and told.startswith("Under PGD, eps 8/255, answers of plain change: ")
+    spared = [row.model_copy(update={"white_box": False}) for row in made[2:]]
+    assert "With hard, whose gradients the attack did not use, " in answer([*made[:2], *spared])
     (table,) = comparisons(made)
     assert [line[0] for line in table.lines] == ["retrieval", "agent"]
     assert table.columns[0] == ("changed", ["plain", "hard"]) and table.columns[1] == ("fewer", ["hard"])

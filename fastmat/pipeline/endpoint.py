@@ -63,7 +63,7 @@ class Endpoint:
             if not (key and key.isascii() and key.isprintable() and " " not in key):  # no header could hold it
                 state = "holds blanks or letters that no key has" if key else "is not set"
                 raise UserError(
-                    f"api_key_env: the environment variable {self.api_key_env} {state}; export the key in it"
+                    f"api_key_env: the environment variable {self.api_key_env} {state}; put the key into it"
                 )
 
     @property
@@ -110,9 +110,7 @@ class Endpoint:
                 if time.monotonic() > until:
                     raise TimeoutError
                 if len(content) > MOST_BYTES:
-                    self._fail(
-                        f"answers with more than {MOST_BYTES >> 20} MiB; is endpoint.url a chat completions API?"
-                    )
+                    self._fail(f"answers with more than {MOST_BYTES >> 20} MiB; check endpoint.url")
             if answer.length:
                 raise http.client.IncompleteRead(b"", answer.length)
         return content
@@ -137,9 +135,7 @@ class Endpoint:
 
     def _refused(self, error: urllib.error.HTTPError) -> NoReturn:
         if 300 <= error.code < 400:
-            self._fail(
-                f"sends elsewhere (HTTP {error.code}), where no key is taken to; write that address in endpoint.url"
-            )
+            self._fail(f"redirects (HTTP {error.code}), which is not followed; put the new address into endpoint.url")
         try:
             said = _said(error.read(MOST_BYTES))
         except (OSError, http.client.HTTPException):

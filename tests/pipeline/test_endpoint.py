@@ -137,8 +137,8 @@ def test_what_is_no_chat_completion_is_not_asked_for_again(body: bytes, said: st
         (Reply(b"<html>not found</html>", status=404), "refuses with HTTP 404 (a page of HTML)"),
         (Reply(b"", status=400), "refuses with HTTP 400 (no reason)"),
         (Reply(b"oops", status=503), "refuses with HTTP 503 (oops); try again later with --resume"),
-        (Reply(b"", status=302, headers={"Location": "http://127.0.0.1:9/"}), "sends elsewhere (HTTP 302)"),
-        (Reply(b"", status=308, headers={"Location": "http://127.0.0.1:9/"}), "sends elsewhere (HTTP 308)"),
+        (Reply(b"", status=302, headers={"Location": "http://127.0.0.1:9/"}), "redirects (HTTP 302)"),
+        (Reply(b"", status=308, headers={"Location": "http://127.0.0.1:9/"}), "redirects (HTTP 308)"),
     ],
 )
 def test_refusals_say_why(reply: Reply, said: str) -> None:

@@ -107,8 +107,8 @@ def original_pairs(dataset: RetrievalSet) -> Truth:
 def same_captions(*, dataset: RetrievalSet) -> Truth:
     """An image and a caption match where one of the image's captions reads the same, or where their groups are equal.
 
-    For sets with several images of one description or of one class. Raises UserError where no two images share
-    either: the truth would be the original pairs.
+    For sets with several images of one description or of one class.
+    Raises UserError where no two images share either, so that the truth would be the original pairs.
     """
     images_of: dict[str, set[int]] = defaultdict(set)
     for row, captions in enumerate(dataset.captions):

@@ -110,8 +110,9 @@ class Study:
             for name, modules in corrections.items():
                 source = subjects[config.source_of(label)]
                 handed = [("other", runs[attack], source) for attack in config.transfer]
-                if name != NONE:
-                    handed = [*(("uncorrected", runs[attack], subject) for attack in config.not_adaptive), *handed]
+                if name != NONE:  # never without the adaptive attack beside it
+                    beside = [attack for attack in config.not_adaptive if self.wanted(attack, name)]
+                    handed = [*(("uncorrected", runs[attack], subject) for attack in beside), *handed]
                 through = [run for run in runs.values() if self.wanted(run.label, name)]
                 ranks = subject.outcomes(name, modules, key=keys[name], adaptive=through, handed=handed)
                 found[label, name] = ranks

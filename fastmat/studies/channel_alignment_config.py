@@ -100,7 +100,7 @@ class Config(Section):
     attacks: dict[Label, AttackChoice] = Field(min_length=1, description="attacks through each correction: adaptive")
     not_adaptive: tuple[Label, ...] = Field(
         (),
-        description="of those, also made without the correction, as a warning; features are measured on them",
+        description="of those, also made without the correction, as a warning beside; features are measured on them",
     )
     transfer: tuple[Label, ...] = Field((), description="of those, the ones also made on another model of the study")
     transfer_from: dict[Label, Label] = Field({}, description="whose attacks a model gets; else the next model's")

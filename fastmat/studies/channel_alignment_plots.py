@@ -35,11 +35,10 @@ def layer_plot(layers: Sequence[Layer]) -> str:
             upper.set_title(
                 f"{encoder} encoder, {ATTACKS.get(attack, attack)}", loc="left", fontsize=9, fontweight="bold"
             )
-            upper.set_ylim(0, 100)
-            lower.set_ylim(bottom=0)
             lower.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
-        panels[0][0].set_ylabel("R² of a constant (%)")
-        panels[1][0].set_ylabel("mean shift of a channel (standard deviations)")
+        panels[0][0].set(ylim=(0, 100), ylabel="R² of a constant (%)")
+        panels[1][0].set_ylim(bottom=0)  # now that all is drawn
+        panels[1][0].set_ylabel("mean shift (clean std)")
         legend(figure, panels[0][0], shades)
     return to_svg(figure, "Line plots: what a constant explains, and the mean shift, by layer")
 
@@ -72,8 +71,8 @@ def channel_plot(layers: Sequence[Layer]) -> str:
             title = f"{encoder} {place}, {ATTACKS.get(attack, attack)}"
             axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
             axes.set_xlabel("channel, sorted")
-            axes.set_ylim(bottom=0)
-        drawn[0].set_ylabel("shift of the mean (standard deviations)")
+        drawn[0].set_ylim(bottom=0)
+        drawn[0].set_ylabel("shift of the mean (clean std)")
         legend(figure, drawn[0], shades)
     return to_svg(figure, "Line plots: the mean shift of every channel, sorted, by model")
 
@@ -87,6 +86,8 @@ def recall_plot(rows: Sequence[Row]) -> str:
     without, through, worst = colours(3)[0], colours(4)[3], colours(2)[1]
     found = {(row.model, row.correction, row.attack, row.made_on): row.values.get("mean") for row in rows}
     corrections = list(dict.fromkeys(row.correction for row in rows))
+    images = {row.attack: row.n_images for row in rows}
+    whole = [attack for attack in attacks if images[attack] == images["none"]]
     with rc_context(STYLE):
         width = max(5.4, 1.4 + 0.42 * len(corrections) * len(attacks))
         figure = Figure(figsize=(min(11.0, width), 0.9 + 1.9 * len(models)), layout="constrained")
@@ -96,12 +97,15 @@ def recall_plot(rows: Sequence[Row]) -> str:
                 for x, correction in enumerate(corrections):
                     bar(axes, x - 0.2, found.get((model, correction, attack, "uncorrected")), without, hatch="////")
                     bar(axes, x + 0.2, found.get((model, correction, attack, "corrected")), through)
-                    if value := found.get((model, correction, "worst", "")):
+                    if attack in whole and (value := found.get((model, correction, "worst", ""))):
                         axes.plot([x], [value[0]], "D", color=worst, markersize=4, zorder=3)
                         axes.vlines(x, value[1], value[2], color=worst, linewidth=1, zorder=3)
-                if clean := found.get((model, "none", "none", "")):
+                if attack in whole and (clean := found.get((model, "none", "none", ""))):
                     axes.axhline(clean[0], color="#5c5c5c", linestyle="--", linewidth=1)
-                axes.set_title(f"{model}, {ATTACKS.get(attack, attack)}", loc="left", fontsize=9, fontweight="bold")
+                some = "" if attack in whole else f" ({images[attack]} images)"
+                axes.set_title(
+                    f"{model}, {ATTACKS.get(attack, attack)}{some}", loc="left", fontsize=9, fontweight="bold"
+                )
                 axes.set_xticks(
                     range(len(corrections)),
                     [named(name) for name in corrections],
@@ -111,9 +115,9 @@ def recall_plot(rows: Sequence[Row]) -> str:
                     fontsize=8,
                 )
             panels[0].set_ylabel("mean recall (%)")
-            panels[0].set_ylim(bottom=0)
+            panels[0].set_ylim(bottom=0)  # now that the row is drawn
         series = {"made without the correction (no evidence)": without, "made through it": through}
-        series["worst of all"] = worst
+        series["worst on all images"] = worst
         legend(figure, grid[0][0], series)
     return to_svg(figure, "Bar plots: mean recall by correction, not adaptive beside adaptive")
 

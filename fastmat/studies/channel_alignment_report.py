@@ -48,7 +48,7 @@ def write_study(out: Path, results: AlignmentResults) -> None:
         "recall": (
             recall_plot(results.rows),
             "Mean recall with each correction, on one axis: hatched where the attack did not know of the correction, "
-            "full where it went through it, with the worst of all attacks; dashed: clean, without a correction.",
+            "full where it went through it; the worst attack on all images, and dashed: clean, without a correction.",
         ),
     }
     plots = {name: plot for name, plot in plots.items() if plot[0]}
@@ -107,6 +107,13 @@ def worst_of(results: AlignmentResults) -> str:
 
 
 def attack_name(label: str) -> str:
+    """
+    >>> attack_name("apgd_100"), attack_name("co_attack"), attack_name("mine")
+    ('APGD-100', 'Co-Attack', 'mine')
+    """
+    name, _, variant = label.partition("_")
+    if label not in ATTACKS and name in ATTACKS and variant:
+        return f"{ATTACKS[name]}-{variant}"
     return OWN.get(label) or ATTACKS.get(label, label)
 
 

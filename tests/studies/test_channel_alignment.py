@@ -20,7 +20,7 @@ TINY = [
     "trained.defences={plain: {name: finetune}, mat: {name: tecoa_itr, steps: 1}}",
     "transfer_from={plain: mat, mat: plain}",
     "attacks={pgd: {name: pgd, steps: 1}, square: {name: square, n_queries: 2}}",
-    "not_adaptive=[pgd]", "subset={square: 3}", "only={square: [dynamic]}",
+    "not_adaptive=[pgd, square]", "subset={square: 3}", "only={square: [dynamic]}",
 ]  # fmt: skip
 CORRECTIONS = [
     "mean", "mean_variance", "least_squares", "least_squares_half", "constant_gate", "dynamic", "subspace", "shuffled",
@@ -49,6 +49,8 @@ def test_every_cell_and_going_on(fastmat: Fastmat, out: Path) -> None:  # noqa: 
             cells = [("none", ""), ("pgd", "corrected"), ("pgd", "other"), ("worst", "")]
             cells += [("pgd", "uncorrected")] if correction != "none" else []
             cells += [("square", "corrected"), ("all", "")] if correction in ("none", "dynamic") else []
+            # What does not know of a correction stands beside what does, or not at all.
+            cells += [("square", "uncorrected")] if correction == "dynamic" else []
             expected |= {(model, correction, *cell) for cell in cells}
     assert set(rows) == expected
     for key, row in rows.items():
@@ -86,7 +88,7 @@ def test_every_cell_and_going_on(fastmat: Fastmat, out: Path) -> None:  # noqa: 
     assert code == 0, error
     made = {file for file in kept if kept[file] != file.stat().st_mtime_ns}
     # What every correction does to features stands in one file; nothing else that was there is touched.
-    assert {file.name for file in made} == {"losses.json", "misalignment-pgd.json"}
+    assert {file.name for file in made} == {"losses.json", "misalignment-pgd.json", "misalignment-square.json"}
     added = {file.parent.name for file in (out / "cells").rglob("*.safetensors") if file not in kept}
     assert added == {"far"}
     again = json.loads((out / "results.json").read_text())["rows"]
@@ -133,7 +135,8 @@ def test_a_fusion_model_at_every_site(fastmat: Fastmat, tmp_path: Path, mlm_fold
     told = [
         "trained=null", f"mlm={mlm_folder}", "calibration={name: sga, steps: 1}", "sites=[image, text, tokens]",
         "models={a: {model: tiny_albef, rerank_k: 3}, b: {model: {name: tiny_albef, seed: 1}}}", "limit=5",
-        "attacks={sga: {name: sga, steps: 1}}", "not_adaptive=[sga]", "transfer=[]", "transfer_from={}", "subset={}",
+        "attacks={pgd: {name: pgd, steps: 1}, sga: {name: sga, steps: 1}}", "not_adaptive=[pgd, sga]", "subset={}",
+        "transfer=[]", "transfer_from={}",
         "only={sga: [mean, dynamic]}",  # a search over words asks more than an oracle was told
         "corrections={mean: {kind: mean}, dynamic: {kind: gate}, oracle: {kind: oracle}}",
     ]  # fmt: skip
@@ -142,12 +145,12 @@ def test_a_fusion_model_at_every_site(fastmat: Fastmat, tmp_path: Path, mlm_fold
     results = AlignmentResults.model_validate_json((tmp_path / "out" / "results.json").read_text())
     places = {(layer.encoder, layer.layer) for layer in results.misalignment if layer.by_channel}
     assert places == {("image", "projection output"), ("image", "tokens to fusion"), ("text", "projection output")}
-    removed = {(part.correction, part.site): part.removed for part in results.removed}
+    removed = {(part.correction, part.site): part.removed for part in results.removed if part.attack == "sga"}
     assert {site for _, site in removed} == {"image", "text", "tokens"}
     assert all(removed["oracle", site][0] == pytest.approx(100) for site in ("image", "text", "tokens"))
     rows = {(row.model, row.correction, row.attack, row.made_on): row.values for row in results.rows}
     # An oracle of everything, at every site, gives the clean recall back.
-    assert rows["a", "oracle", "sga", "uncorrected"] == rows["a", "none", "none", ""]
+    assert rows["a", "oracle", "pgd", "uncorrected"] == rows["a", "none", "none", ""]
 
 
 REFUSED = [

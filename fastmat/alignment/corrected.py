@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmat.alignment.pairs import NAMES
+from fastmat.alignment.static import Affine, Subspace, folded
 from fastmat.errors import UserError
 from fastmat.models.protocol import Encoded, ImageState, TextState, TextTokens, VisionLanguageModel, fuses
 
@@ -46,21 +47,28 @@ class TokensCorrected(nn.Module):
 def corrected(model: VisionLanguageModel, corrections: Mapping[str, nn.Module]) -> VisionLanguageModel:
     """A copy of `model` with `corrections`, by site, behind its projections and before its fusion; in eval mode.
 
-    The modules of `corrections` are not copied: what trains them later is seen. Raises UserError for tokens in a model
-    that does not fuse.
+    Static corrections are folded into linear projections. Other modules of `corrections` are not copied: what trains
+    them later is seen. Raises UserError for tokens in a model that does not fuse.
     """
     assert isinstance(model, nn.Module)
     made = cast("VisionLanguageModel", copy.deepcopy(model).eval())
     if "image" in corrections:
-        made.image_projection = nn.Sequential(made.image_projection, corrections["image"])
+        made.image_projection = behind(made.image_projection, corrections["image"])
     if "text" in corrections:
-        made.text_projection = nn.Sequential(made.text_projection, corrections["text"])
+        made.text_projection = behind(made.text_projection, corrections["text"])
     if "tokens" in corrections:
         check_sites(model, ("tokens",))
         made = cast("VisionLanguageModel", TokensCorrected(model=made, correction=corrections["tokens"]))
     for module in corrections.values():
         module.eval()
     return made
+
+
+def behind(projection: nn.Module, correction: nn.Module) -> nn.Module:
+    """`projection` and then `correction`; one linear layer where they make one."""
+    if isinstance(projection, nn.Linear) and isinstance(correction, Affine | Subspace):
+        return folded(projection, correction)
+    return nn.Sequential(projection, correction)
 
 
 Texts = dict[bytes, TextState]

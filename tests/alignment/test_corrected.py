@@ -10,7 +10,7 @@ from torch import nn
 from fastmat.alignment.corrected import Texts, check_sites, check_widths, corrected, remembering
 from fastmat.alignment.dynamic import Gate
 from fastmat.alignment.oracle import Oracle
-from fastmat.alignment.static import Affine, folded
+from fastmat.alignment.static import Affine
 from fastmat.attacks.pgd import PGD
 from fastmat.errors import UserError
 from fastmat.models.protocol import VisionLanguageModel, fuses
@@ -36,15 +36,13 @@ def test_behind_both_projections() -> None:
     made = corrected(model, {"image": image, "text": text})
     images, tokens = batch().images, model.tokenize(TEXTS)
     before, after = model(images, tokens), made(images, tokens)
-    assert torch.allclose(after.image.embeds, image(before.image.embeds))
-    assert torch.allclose(after.image.features, F.normalize(image(before.image.embeds), dim=-1))
-    assert torch.allclose(after.text.embeds, text(before.text.embeds))
+    assert torch.allclose(after.image.embeds, image(before.image.embeds), atol=1e-5)
+    assert torch.allclose(after.image.features, F.normalize(image(before.image.embeds), dim=-1), atol=1e-5)
+    assert torch.allclose(after.text.embeds, text(before.text.embeds), atol=1e-5)
+    assert type(made.image_projection) is nn.Linear, "as many operations as without a correction"
     assert isinstance(model.image_projection, nn.Linear) and torch.equal(
         model(images, tokens).image.embeds, before.image.embeds
     )
-    plain = copy.deepcopy(model)
-    plain.image_projection = folded(model.image_projection, image)
-    assert torch.allclose(plain.encode_image(images).embeds, after.image.embeds, atol=1e-5)
 
 
 def test_an_attack_goes_through_the_correction() -> None:
@@ -79,7 +77,9 @@ def test_tokens_that_enter_the_fusion() -> None:
     images, ids = batch(model.image_transform.size).images, model.tokenize(TEXTS)
     state, plain = made.encode_image(images), model.encode_image(images)
     assert torch.allclose(state.tokens, tokens(plain.tokens))
-    assert torch.allclose(state.embeds, projection(plain.embeds)), "tokens are corrected behind the projection's input"
+    assert torch.allclose(state.embeds, projection(plain.embeds), atol=1e-5), (
+        "tokens are corrected behind the projection's input"
+    )
     text = made.encode_text(ids)
     expected = model.fuse(plain._replace(tokens=tokens(plain.tokens)), model.encode_text(ids)).itm_logits
     assert torch.allclose(made.fuse(state, text).itm_logits, expected, atol=1e-6)

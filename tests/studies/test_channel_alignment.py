@@ -84,15 +84,21 @@ def test_every_cell_and_going_on(fastmat: Fastmat, out: Path) -> None:  # noqa: 
     kept = {file: file.stat().st_mtime_ns for file in (out / "cells").rglob("*.*")}
     kept |= {file: file.stat().st_mtime_ns for file in (out / "corrections").rglob("*.*")}
     assert study(fastmat, out)[0] == 2, "a folder in use needs --resume"
-    code, _, error = study(fastmat, out, "--resume", "corrections.far={kind: mean, shrinkage: 0.2}")
+    given = f"corrections.given={{kind: file, path: '{out}/corrections/seed-0/{{model}}/dynamic.safetensors'}}"
+    code, _, error = study(fastmat, out, "--resume", "corrections.far={kind: mean, shrinkage: 0.2}", given)
     assert code == 0, error
     made = {file for file in kept if kept[file] != file.stat().st_mtime_ns}
     # What every correction does to features stands in one file; nothing else that was there is touched.
     assert {file.name for file in made} == {"losses.json", "misalignment-pgd.json", "misalignment-square.json"}
     added = {file.parent.name for file in (out / "cells").rglob("*.safetensors") if file not in kept}
-    assert added == {"far"}
+    assert added == {"far", "given"}
     again = json.loads((out / "results.json").read_text())["rows"]
-    assert [row for row in again if row["correction"] != "far"] == [row.model_dump(mode="json") for row in results.rows]
+    old = [row for row in again if row["correction"] not in added]
+    assert old == [row.model_dump(mode="json") for row in results.rows]
+    of = {(row["model"], row["correction"], row["attack"], row["made_on"]): row["values"] for row in again}
+    assert all(
+        of["mat", "given", *cell] == of["mat", "dynamic", *cell] for cell in (("none", ""), ("pgd", "corrected"))
+    )
 
 
 def test_adaptive_cells_by_hand(out: Path) -> None:

@@ -21,6 +21,7 @@ from fastmat.alignment.oracle import Oracle
 from fastmat.alignment.pairs import Site
 from fastmat.attacks.base import Attack, frozen
 from fastmat.attacks.draws import SeededDraws
+from fastmat.attacks.engine import Engine, executing
 from fastmat.attacks.masking import UnreliableGradient, gradient_warnings
 from fastmat.cli.ensembles import Ensemble
 from fastmat.data.loader import EvaluationBatches
@@ -121,6 +122,8 @@ class Subject:
         if missing:
             self.say(f"{self.label}, {correction}: {', '.join('-'.join(filter(None, cell)) for cell in missing)}")
             victim = corrected(self.model, modules)
+            with frozen(victim), executing(Engine(), victim):
+                pass  # folding looks at a model once, with images of its own, which no oracle is told
             if "text" not in modules:
                 remembering(victim, self.texts)
             gallery = encode_gallery(victim, self.told(self.batches, modules), rerank=self.rerank)

@@ -159,6 +159,38 @@ def test_a_fusion_model_at_every_site(fastmat: Fastmat, tmp_path: Path, mlm_fold
     assert rows["a", "oracle", "pgd", "uncorrected"] == rows["a", "none", "none", ""]
 
 
+def test_an_oracle_in_a_model_that_is_folded(tmp_path: Path) -> None:
+    """Folding batch norms encodes noise of its own before the first attack; an oracle must not be asked then."""
+    from torch import nn
+
+    from fastmat.alignment.oracle import Oracle
+    from fastmat.attacks.pgd import PGD
+    from fastmat.data.digits import digits_set
+    from fastmat.data.loader import evaluation_batches
+    from fastmat.models.tiny import tiny_clip
+    from fastmat.studies.channel_alignment_cells import Run, Subject
+    from fastmat.types import ThreatModel
+
+    model = tiny_clip()
+    blocks = model.image_tower.blocks
+    blocks[1], blocks[4] = nn.BatchNorm2d(8), nn.BatchNorm2d(16)
+    batches = evaluation_batches(digits_set("test").take(6), model.image_transform, batch_size=3)
+    subject = Subject(
+        label="m",
+        key="k",
+        model=model.eval(),
+        sites=("image",),
+        rerank=None,
+        batches=batches,
+        folder=tmp_path,
+        say=print,
+    )
+    run = Run(label="pgd", attack=PGD(threat=ThreatModel(eps=16 / 255), steps=1), rows=None, inputs="i")
+    modules = {"image": Oracle(width=16)}
+    found = subject.outcomes("oracle", modules, key="o", adaptive=[run], handed=[("uncorrected", run, subject)])
+    assert all(torch.equal(found[cell].tr, found["none", ""].tr) for cell in found)
+
+
 REFUSED = [
     ("train_data={name: digits, split: test}", "calibration and test are both digits/test"),
     ("threat.eps=0", "there are no adversarial calibration pairs for the image projection"),

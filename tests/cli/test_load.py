@@ -1,5 +1,6 @@
 """Configs: files, overrides, fractions, and what a mistake is answered with."""
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,8 @@ from fastmat.build import Component
 from fastmat.cli.config import AttackConfig, EvalConfig, QuickstartConfig, Section, TaskConfig, TrainConfig
 from fastmat.cli.load import load_config, plain, shipped
 from fastmat.cli.pipeline_config import PipelineConfig
+from fastmat.cli.study import STUDIES
 from fastmat.errors import UserError
-from fastmat.studies import itc_weight
 
 BASE = "model: tiny\ndata: {name: digits, split: test}\nattack: {name: pgd, steps: 3}\n"
 
@@ -127,14 +128,20 @@ def test_labels_are_words() -> None:
         load_config(EvalConfig, None, overrides)
 
 
+def study_of(name: str) -> str:
+    return next(study for study in STUDIES if name.startswith(study))
+
+
 def schema_of(name: str) -> type[Section]:
+    if name.endswith("-study"):
+        schema: type[Section] = import_module(STUDIES[study_of(name)]).Config
+        return schema
     kinds = {
         "attack": AttackConfig,
         "train": TrainConfig,
         "eval": EvalConfig,
         "task": TaskConfig,
         "quickstart": QuickstartConfig,
-        "study": itc_weight.Config,
         "pipeline": PipelineConfig,
     }
     return kinds[name.rsplit("-", 1)[-1]]
@@ -145,7 +152,7 @@ def test_shipped_configs_are_valid_and_open_with_their_command(name: str) -> Non
     load_config(schema_of(name), name)
     first = (Path(__file__).parents[2] / "configs" / f"{name}.yaml").read_text().splitlines()[0]
     command = name.rsplit("-", 1)[-1]
-    command += " itc-weight" if command == "study" else ""
+    command += f" {study_of(name)}" if command == "study" else ""
     command = "eval --pipeline" if command == "pipeline" else command
     assert first.startswith(f"# fastmat {command} " + ("" if name == "quickstart" else f"--config {name} "))
 
@@ -164,6 +171,5 @@ def test_shipped_configs_cover_what_the_readme_promises() -> None:
     ]
     tasks = ["albef-refcoco-task", "albef-snli-ve-task", "blip-coco-captions-task", "clip-zero-shot-task"]
     truths = ["clip-vit-b16-coco-eccv-eval"]
-    assert shipped() == sorted(
-        [*sets, *fused, *tasks, *truths, "itc-weight-study", "itc-weight-coco-study", "quickstart", "pipeline"]
-    )
+    studies = [f"{name}-study" for name in (*STUDIES, "itc-weight-coco")]
+    assert shipped() == sorted([*sets, *fused, *tasks, *truths, *studies, "quickstart", "pipeline"])

@@ -17,14 +17,15 @@ from fastmat.cli.encoded import Encoded
 from fastmat.cli.ensembles import Variant
 from fastmat.cli.fitting import FitSet, fit_set
 from fastmat.cli.load import plain
-from fastmat.cli.making import drop_begun, inputs_of, make_set, plan_set
+from fastmat.cli.making import drop_begun
 from fastmat.cli.opening import Opening, batches_of
 from fastmat.cli.pipeline_config import PipelineConfig
+from fastmat.cli.sets import Sets
 from fastmat.cli.together import Processes
 from fastmat.data.retrieval import RetrievalSet
-from fastmat.evaluation.adversarial_set import MANIFEST, AdversarialSet
+from fastmat.evaluation.adversarial_set import AdversarialSet
 from fastmat.evaluation.manifest import Manifest, config_fingerprint
-from fastmat.evaluation.results import Setting, read_json, to_json, write_atomic
+from fastmat.evaluation.results import Setting, to_json, write_atomic
 from fastmat.evaluation.subset import draw_rows, picked
 from fastmat.pipeline.agent import Agent
 from fastmat.pipeline.ask import Asked, Pictures, Questions, agent_key, attacked_parts, clean_parts, expert_key
@@ -92,6 +93,19 @@ class Asking:
         return [own[group] for group in self.dataset.group]
 
     @cached_property
+    def making(self) -> Sets:
+        return Sets(
+            out=self.out,
+            dataset=self.dataset,
+            source={"data": plain(self.config.data), "limit": self.config.limit},
+            engine=self.engine,
+            seed=self.config.seed,
+            batch_size=self.config.batch_size,
+            processes=self.processes,
+            stop_asked=self.stop_asked,
+        )
+
+    @cached_property
     def fit_on(self) -> FitSet | None:
         unfitted = [label for label, ((_, attack, _), *_) in self.attacks.items() if attack.needs_fit]
         return fit_set(self.config, self.dataset, needed_by=f"attacks.{unfitted[0]}" if unfitted else None)
@@ -140,57 +154,21 @@ class Asking:
         opened: Mapping[str, Mapping[str, Asked]],
     ) -> bool:
         """One attack at one radius; whether another radius may give something else."""
-        component, attack, mlm_sha256 = variant
-        fit_on = self.fit_on if attack.needs_fit else None
-        made_of = inputs_of(
-            component,
-            attack,
-            engine=self.engine,
-            mlm_sha256=mlm_sha256,
-            seed=self.config.seed,
-            batch_size=self.config.batch_size,
-            fit_on=fit_on,
-        )
-        plan = plan_set(
-            weights=surrogate.weights,
-            image_transform=surrogate.model.image_transform,
-            surrogate=name,
-            label=label,
-            attack=attack,
-            dataset=self.dataset,
-            rows=range(self.dataset.n_images),
-            config=made_of,
-            seed=attack.seed,
-            source={"data": plain(self.config.data), "limit": self.config.limit},
-        )
-        key = config_fingerprint({"surrogate": surrogate.identity, **made_of})
-        folder = self.out / "sets" / name / f"{label}-{plan.threat.eps:.4g}-{key[:12]}"
+        planned = self.making.planned(label, variant, name, surrogate, self.fit_on)
+        plan, folder = planned.plan, planned.folder
         pictures = Pictures(
-            key=key,
+            key=planned.key,
             name=f"{label} on {name}, eps {plan.threat.eps:.4g}",
             parts=lambda: attacked_parts(AdversarialSet(folder)),
         )
         if self.processes.agreed(lambda: self.lacks(opened, pictures)):
-            done = (folder / MANIFEST).exists() and read_json(folder / MANIFEST, Manifest).n_done == plan.n_images
-            if not self.processes.agreed(lambda: done):
-                made = make_set(
-                    folder,
-                    plan=plan,
-                    surrogate=surrogate.model,
-                    attack=attack,
-                    engine=self.engine,
-                    batches=surrogate.batches,
-                    rows=range(self.dataset.n_images),
-                    context=lambda: surrogate.context if contrasts(surrogate.model) else no_context(self.device),
-                    fit_on=fit_on,
-                    shard_images=self.config.batch_size,
-                    processes=self.processes,
-                    stop_asked=self.stop_asked,
-                )
-                if made < plan.n_images:
-                    raise KeyboardInterrupt
+            self.making.make(
+                planned,
+                surrogate,
+                context=lambda: surrogate.context if contrasts(surrogate.model) else no_context(self.device),
+            )
             if self.processes.first:
-                self.shots.shoot(key, picked(surrogate.batches, self.shots.rows), pictures.parts())
+                self.shots.shoot(planned.key, picked(surrogate.batches, self.shots.rows), pictures.parts())
                 self.ask(opened, pictures)
                 if not self.config.keep_sets:
                     shutil.rmtree(folder)

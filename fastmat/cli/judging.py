@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from fastmat.attacks.base import Attack
 from fastmat.attacks.engine import Engine
 from fastmat.build import Component, build_model
 from fastmat.cli.album import Album
@@ -20,16 +19,17 @@ from fastmat.cli.encoded import Encoded
 from fastmat.cli.ensembles import Variant
 from fastmat.cli.fitting import FitSet, fit_set
 from fastmat.cli.load import plain
-from fastmat.cli.making import drop_begun, files_of, inputs_of, make_set, plan_set
+from fastmat.cli.making import drop_begun, files_of
 from fastmat.cli.rows import Rows
+from fastmat.cli.sets import Sets
 from fastmat.cli.survivors import WORST, Outcome, Survivors, measured_of
 from fastmat.cli.together import Processes
 from fastmat.data.loader import EvaluationBatches, evaluation_batches
 from fastmat.data.retrieval import RetrievalSet
 from fastmat.errors import UserError
-from fastmat.evaluation.adversarial_set import MANIFEST, AdversarialSet
-from fastmat.evaluation.manifest import Manifest, config_fingerprint
-from fastmat.evaluation.results import Setting, Threat, read_json
+from fastmat.evaluation.adversarial_set import AdversarialSet
+from fastmat.evaluation.manifest import config_fingerprint
+from fastmat.evaluation.results import Setting, Threat
 from fastmat.tasks.base import Classifying, Judged, Task
 from fastmat.tasks.evaluate import Seen, judge_attacked, task_row
 from fastmat.tasks.results import TaskResults, TaskRow
@@ -83,6 +83,19 @@ class Judging:
     def fit_on(self) -> FitSet | None:
         unfitted = [label for label, ((_, attack, _), *_) in self.attacks.items() if attack.needs_fit]
         return fit_set(self.config, self.data, needed_by=f"attacks.{unfitted[0]}" if unfitted else None)
+
+    @cached_property
+    def sets(self) -> Sets:
+        return Sets(
+            out=self.out,
+            dataset=self.data,
+            source={"task": plain(self.config.task), "limit": self.config.limit},
+            engine=self.engine,
+            seed=self.config.seed,
+            batch_size=self.config.batch_size,
+            processes=self.processes,
+            stop_asked=self.stop_asked,
+        )
 
     @cached_property
     def survivors(self) -> Survivors:
@@ -140,31 +153,8 @@ class Judging:
         show: bool,
     ) -> bool:
         """One attack at one radius; whether another radius may give something else."""
-        component, attack, mlm_sha256 = variant
-        fit_on = self.fit_on if attack.needs_fit else None
-        made_of = inputs_of(
-            component,
-            attack,
-            engine=self.engine,
-            mlm_sha256=mlm_sha256,
-            seed=self.config.seed,
-            batch_size=self.config.batch_size,
-            fit_on=fit_on,
-        )
-        plan = plan_set(
-            weights=surrogate.weights,
-            image_transform=surrogate.model.image_transform,
-            surrogate=name,
-            label=label,
-            attack=attack,
-            dataset=self.data,
-            rows=range(self.data.n_images),
-            config=made_of,
-            seed=attack.seed,
-            source={"task": plain(self.config.task), "limit": self.config.limit},
-        )
-        key = config_fingerprint({"surrogate": surrogate.identity, **made_of})
-        folder = self.out / "sets" / name / f"{label}-{plan.threat.eps:.4g}-{key[:12]}"
+        planned = self.sets.planned(label, variant, name, surrogate, self.fit_on)
+        plan, folder = planned.plan, planned.folder
         settings = {
             victim: self.setting(
                 name,
@@ -176,14 +166,14 @@ class Judging:
             )
             for victim, answers in judged.items()
         }
-        inputs = {victim: self.inputs(answers.model, {"set": key}) for victim, answers in judged.items()}
+        inputs = {victim: self.inputs(answers.model, {"set": planned.key}) for victim, answers in judged.items()}
 
         def missing() -> list[str]:
             ready = {victim: self.survivors.ready(of) for victim, of in inputs.items()}
             return [v for v in judged if not ready[v] or self.rows.find(settings[v], inputs[v]) is None]
 
         if self.processes.agreed(missing):
-            self.make(folder, plan, attack, surrogate, fit_on)
+            self.sets.make(planned, surrogate, context=lambda: self.context(surrogate))
             for victim in missing() if self.processes.first else ():
                 stored = AdversarialSet(folder)
                 clean = surrogate.batches if show else None
@@ -231,31 +221,6 @@ class Judging:
         if isinstance(self.task, Classifying):
             return self.task.context(surrogate.model, surrogate.batches)
         return surrogate.context
-
-    def make(self, folder: Path, plan: Manifest, attack: Attack, surrogate: Encoded, fit_on: FitSet | None) -> None:
-        """The adversarial set, unless it is there."""
-
-        def done() -> int:
-            return read_json(folder / MANIFEST, Manifest).n_done if (folder / MANIFEST).exists() else 0
-
-        if self.processes.agreed(done) == plan.n_images:
-            return
-        made = make_set(
-            folder,
-            plan=plan,
-            surrogate=surrogate.model,
-            attack=attack,
-            engine=self.engine,
-            batches=surrogate.batches,
-            rows=range(self.data.n_images),
-            context=lambda: self.context(surrogate),
-            fit_on=fit_on,
-            shard_images=self.config.batch_size,
-            processes=self.processes,
-            stop_asked=self.stop_asked,
-        )
-        if made < plan.n_images:
-            raise KeyboardInterrupt
 
     def add(
         self,

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from fastmat.errors import UserError
-from fastmat.models.fusion_bert import FusionEncoder
 from fastmat.models.fusion_checkpoint import FusionCheckpoint, FusionSizes, first_fusion_layer
-from fastmat.models.matcher import Matcher
+from fastmat.models.matcher import Matcher, fusion_of
 from fastmat.models.protocol import TextState, TextTokens, Tokenizer
 from fastmat.models.shifting import shifted
 from fastmat.models.tokenizers import WordPieceTokenizer, read_bert_tokenizer
@@ -40,13 +39,7 @@ class Albef(Matcher):
             ),
             add_pooling_layer=False,
         )
-        self.fusion = FusionEncoder(
-            layers=sizes.fusion_layers,
-            width=sizes.text_width,
-            heads=sizes.text_heads,
-            hidden=sizes.text_hidden,
-            image_width=sizes.image_width,
-        )
+        self.fusion = fusion_of(sizes)
 
     @property
     def token_embedding(self) -> nn.Embedding:

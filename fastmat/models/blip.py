@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmat.errors import UserError
-from fastmat.models.fusion_bert import EPS, INIT_STD, FusionEncoder
+from fastmat.models.fusion_bert import EPS, INIT_STD
 from fastmat.models.fusion_checkpoint import FusionCheckpoint, FusionSizes, first_fusion_layer
-from fastmat.models.matcher import Matcher
+from fastmat.models.matcher import Matcher, fusion_of
 from fastmat.models.protocol import TextState, TextTokens, Tokenizer
 from fastmat.models.shifting import shifted
 from fastmat.models.tokenizers import WordPieceTokenizer, read_bert_tokenizer
@@ -76,13 +76,7 @@ class Blip(Matcher):
         self.temp_bounds = (0.001, 0.5)  # where training keeps the temperature, as published; ALBEF's is free
         embeddings = TextEmbeddings(vocabulary=sizes.vocabulary, positions=sizes.positions, width=sizes.text_width)
         self.text_tower = nn.Sequential(OrderedDict(embeddings=embeddings))
-        self.fusion = FusionEncoder(
-            layers=sizes.fusion_layers,
-            width=sizes.text_width,
-            heads=sizes.text_heads,
-            hidden=sizes.text_hidden,
-            image_width=sizes.image_width,
-        )
+        self.fusion = fusion_of(sizes)
 
     @property
     def token_embedding(self) -> nn.Embedding:

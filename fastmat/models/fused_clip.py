@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from fastmat.errors import UserError
 from fastmat.models.dual_encoder import DualEncoder
-from fastmat.models.fusion_bert import FusionEncoder
 from fastmat.models.fusion_checkpoint import FusionSizes
-from fastmat.models.matcher import Matcher
+from fastmat.models.matcher import Matcher, fusion_of
 from fastmat.models.open_clip import load_open_clip
 from fastmat.models.protocol import TextState, TextTokens
 from fastmat.models.shifting import shifted
@@ -53,14 +52,7 @@ class FusedClip(Matcher):
         self.temp = nn.Parameter(1 / clip.logit_scale.detach())
         self.image_transform, self.mean, self.std = clip.image_transform, clip.mean, clip.std
         self.text_norm = nn.LayerNorm(sizes.text_width)
-        self.fusion = FusionEncoder(
-            layers=sizes.fusion_layers,
-            width=sizes.text_width,
-            heads=sizes.text_heads,
-            hidden=sizes.text_hidden,
-            image_width=sizes.image_width,
-            dropout=0.0,
-        )
+        self.fusion = fusion_of(sizes, dropout=0.0)
         scale_to_width(self.fusion, self.itm_head)
 
     @property

@@ -28,6 +28,18 @@ from fastmat.models.vit import VisionTransformer
 from fastmat.types import ImageTransform
 
 
+def fusion_of(sizes: FusionSizes, *, dropout: float = 0.1) -> FusionEncoder:
+    """With random weights; dropout: BERT's."""
+    return FusionEncoder(
+        layers=sizes.fusion_layers,
+        width=sizes.text_width,
+        heads=sizes.text_heads,
+        hidden=sizes.text_hidden,
+        image_width=sizes.image_width,
+        dropout=dropout,
+    )
+
+
 class Matcher(nn.Module):
     """With random weights. A model adds its text encoder, `encode_tokens`; the `fusion` and what enters it,
     `fusion_input`; `ranks_with_cosine` and `rereads_text`. That makes it a `fastmat.models.protocol.FusionModel`.

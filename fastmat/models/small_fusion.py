@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastmat.models.fusion_bert import FusionEncoder
 from fastmat.models.fusion_checkpoint import FusionSizes
-from fastmat.models.matcher import Matcher
+from fastmat.models.matcher import Matcher, fusion_of
 from fastmat.models.protocol import TextState, TextTokens, Tokenizer
 from fastmat.models.shifting import shifted
 from fastmat.models.small import ConvTower, WordTower
@@ -58,14 +57,7 @@ class SmallFusion(Matcher):
             layers=sizes.text_layers,
             heads=sizes.text_heads,
         )
-        self.fusion = FusionEncoder(
-            layers=sizes.fusion_layers,
-            width=sizes.text_width,
-            heads=sizes.text_heads,
-            hidden=sizes.text_hidden,
-            image_width=sizes.image_width,
-            dropout=0.0,
-        )
+        self.fusion = fusion_of(sizes, dropout=0.0)
         scale_to_width(self.fusion, self.image_projection, self.text_projection)
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,14 +29,6 @@ COLUMNS = {
     "unanswered_clean": "no answer, clean",
     "unanswered": "no answer, attacked",
 }
-
-
-def is_pipeline_results(folder: Path) -> bool:
-    """Whether `folder/results.json` is a pipeline's."""
-    try:
-        return "question" in json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
 
 
 def write_pipeline_report(folder: Path) -> Path:

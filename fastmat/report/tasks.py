@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,14 +35,6 @@ class Line:
     budget: str
     model: str
     cells: list[tuple[str, str]]
-
-
-def is_task_results(folder: Path) -> bool:
-    """Whether `folder/results.json` is a task's."""
-    try:
-        return "task" in json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
 
 
 def write_task_report(folder: Path) -> Path:

@@ -177,6 +177,8 @@ class Subject:
                     if site in oracles:
                         oracles[site].clean = features
             yield batch
+        for oracle in oracles.values():
+            oracle.clean = None
 
     def paired(self, batches: Iterable[Batch], made: Iterable[Attacked], modules: Modules) -> Iterator[Attacked]:
         for _, attacked in zip(self.told(batches, modules), made, strict=True):
@@ -229,13 +231,13 @@ class Subject:
             moved = site_features(self.model, attacked.pairs, self.sites)
             for label, modules in corrections.items():
                 for site, module in modules.items():
-                    if isinstance(module, Oracle):
-                        module.clean = clean[site]
                     z, z_adv = clean[site], moved[site]
-                    shift, left = length(z_adv - z), length(module(z_adv) - z)
                     if isinstance(module, Oracle):
                         module.clean = z
+                    shift, left = length(z_adv - z), length(module(z_adv) - z)
                     sums.setdefault((label, site), []).append((shift - left, shift, length(module(z) - z), length(z)))
+                    if isinstance(module, Oracle):
+                        module.clean = None
         for (label, site), parts in sums.items():
             gone, shift, harm, size = (torch.cat(column).double().cpu() for column in zip(*parts, strict=True))
             if not bool(shift.any()):

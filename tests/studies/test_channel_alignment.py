@@ -187,8 +187,11 @@ def test_an_oracle_in_a_model_that_is_folded(tmp_path: Path) -> None:
     )
     run = Run(label="pgd", attack=PGD(threat=ThreatModel(eps=16 / 255), steps=1), rows=None, inputs="i")
     modules = {"image": Oracle(width=16)}
+    _, removed = subject.measured(run, {"oracle": modules}, keys={"oracle": "o"}, seed=0, resamples=20)
+    assert removed[0].removed == pytest.approx((100, 100, 100)) and modules["image"].clean is None
     found = subject.outcomes("oracle", modules, key="o", adaptive=[run], handed=[("uncorrected", run, subject)])
-    assert all(torch.equal(found[cell].tr, found["none", ""].tr) for cell in found)
+    assert len(found) == 3 and all(torch.equal(ranks.tr, found["none", ""].tr) for ranks in found.values())
+    assert modules["image"].clean is None, "what it was told is not kept"
 
 
 REFUSED = [

@@ -12,8 +12,8 @@ from fastmat.studies.test_time_results import Detection, Estimate, Verdict
 
 SHADES = {
     "clean": COLOURS[0],
-    "claimed: attacked without the guard": COLOURS[1],
-    "adaptive: attacked through it": COLOURS[3],
+    "claimed: the attacker does not know it": COLOURS[1],
+    "adaptive: the attacker does": COLOURS[3],
 }
 
 

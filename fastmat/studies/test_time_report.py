@@ -115,9 +115,9 @@ def verdict_table(verdicts: Sequence[Verdict], *, at: int) -> Table:
         gains = map(gain_of, (own.claimed_gain, own.adaptive_gain))
         attack, comma, made = own.adaptive_by.partition(",")
         by = f"{attack_name(attack)}{comma}{made}"
-        return [Rate(value=own.verdict), *map(Rate.of, rates), *gains, Rate(value=by)]
+        return [*map(Rate.of, rates), *gains, Rate(value=by), Rate(value=own.verdict)]
 
-    header = ["guard", "verdict", f"clean R@{at}", "claimed", "adaptive", "gain claimed", "gain adaptive", "strongest"]
+    header = ["guard", f"clean R@{at}", "claimed", "adaptive", "gain claimed", "gain adaptive", "strongest", "verdict"]
     return Table(title="Verdicts", header=header, lines=[(guard_name(own.guard), row(own)) for own in verdicts])
 
 

@@ -142,8 +142,9 @@ def depends(results: AlignmentResults, cases: Sequence[Case]) -> str:
             said += f" under the worst attack on all images, by {per_model(found['all'])} under all attacks together"
     else:
         model, most = max(found["worst"].items(), key=lambda item: item[1][0])
+        first = "It need not depend" if any(case.weakly for case in cases) else "Nor does it help to depend"
         said = (
-            f"It need not depend on the input: the dynamic correction is no better than {against} (the most: "
+            f"{first} on the input: the dynamic correction is no better than {against} (the most: "
             f"{points(most)} on {model})"
         )
     return f"{said}{not_adaptive(results)}."

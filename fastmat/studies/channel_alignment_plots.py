@@ -89,7 +89,7 @@ def recall_plot(rows: Sequence[Row]) -> str:
     images = {row.attack: row.n_images for row in rows}
     whole = [attack for attack in attacks if images[attack] == images["none"]]
     with rc_context(STYLE):
-        width = max(5.4, 1.4 + 0.42 * len(corrections) * len(attacks))
+        width = max(7.2, 1.4 + 0.42 * len(corrections) * len(attacks))
         figure = Figure(figsize=(min(11.0, width), 0.9 + 1.9 * len(models)), layout="constrained")
         grid = figure.subplots(len(models), len(attacks), sharex=True, sharey="row", squeeze=False)
         for panels, model in zip(grid, models, strict=True):

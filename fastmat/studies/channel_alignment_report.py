@@ -72,14 +72,15 @@ def write_study(out: Path, results: AlignmentResults) -> None:
     write_atomic(out / "results.json", content.encode())
     for name, (svg, _) in plots.items():
         write_atomic(out / f"{name}.svg", standalone(svg).encode())
-    write_atomic(out / "README.md", page(results, sections).encode())
+    pictures = {title: [name for name in names if name in plots] for title, names in drawn.items()}
+    write_atomic(out / "README.md", page(results, sections, pictures).encode())
     write_atomic(
         out / "report.html", render_study(TITLE, GUIDE, sections, about=about, answer=" ".join(results.answer)).encode()
     )
 
 
-def page(results: AlignmentResults, sections: Sequence[Section]) -> str:
-    """README.md: the same tables as the page's."""
+def page(results: AlignmentResults, sections: Sequence[Section], pictures: Mapping[str, Sequence[str]]) -> str:
+    """README.md: the same plots and tables as the page's. pictures: names of plots by section."""
     seeds = "1 seed" if results.seeds == 1 else f"{results.seeds} seeds"
     parts = [
         f"# {TITLE}",
@@ -91,6 +92,8 @@ def page(results: AlignmentResults, sections: Sequence[Section]) -> str:
     ]
     for section in sections:
         parts.append(f"## {section.title}")
+        names = pictures.get(section.title, ())
+        parts += [f"![{told}]({name}.svg)" for name, (_, told) in zip(names, section.plots, strict=True)]
         for table in section.tables:
             parts += [f"### {table.title}", table.markdown()]
     return "\n\n".join(parts) + "\n"

@@ -317,7 +317,7 @@ BOTH, ONE, WEAK = "It helps in 2 of 2 cases", "It helps in 1 of 2 cases", "again
 @pytest.mark.parametrize(
     ("const", "gate", "whole", "against", "said"),
     [
-        (NONE, NO, {}, {"worst": NO}, ["It does not help", "most: +0.5 points [-0.5, 1.5], gate on m", "need not"]),
+        (NONE, NO, {}, {"worst": NO}, ["It does not help", "+0.5 points [-0.5, 1.5], gate on m", "Nor does it help"]),
         (DOWN, NO, {}, {"worst": NO}, ["It does not help", "it falls with const on m (-3.0"]),
         (NONE, YES, {}, {"worst": YES}, [ONE, "+5.0 points [3.0, 7.0] (gate on m)", "must depend"]),
         (YES, YES, {}, {"worst": NO}, [BOTH, "It need not depend on the input"]),

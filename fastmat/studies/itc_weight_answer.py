@@ -40,6 +40,8 @@ def weighing(
     defence, scoring, best = max(worst, key=lambda key: worst[key][0])
     others = {key[2]: found for key, found in worst.items() if key[:2] == (defence, scoring) and key[2] != best}
     kept = worst[defence, scoring, best]
+    if kept[0] == 0:
+        return f"Under its worst attack nothing is left of {subject}, whatever the weights: TR@1 {told(kept)} at most."
     said = (
         f"Under its worst attack, {subject} ({defences.get(defence, defence)}, ranked by {scorings[scoring]}) "
         f"keeps most at {best}, TR@1 {told(kept)}"

@@ -29,6 +29,11 @@ def test_the_worst_attack_decides_and_blur_is_none() -> None:
     assert said(*near).endswith("at 1:1; the weights differ inside the intervals.")
 
 
+def test_where_nothing_is_left_no_weight_is_praised() -> None:
+    lines = [line("1:1", "itc", 0), line("1:0", "itc", 0)]
+    assert said(*lines).startswith("Under its worst attack nothing is left of a dual encoder, whatever the weights")
+
+
 def test_the_best_of_the_others_stands_in_for_the_published_weights() -> None:
     lines = [line("1:1", "itc", 50), line("1:0", "itc", 30), line("0:1", "itc", 40)]
     assert "keeps most at 1:1" in said(*lines) and said(*lines).endswith(

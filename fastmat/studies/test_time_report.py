@@ -47,15 +47,15 @@ def write_study(out: Path, results: TestTimeResults) -> None:
         write_atomic(out / f"{name}.svg", standalone(svg).encode())
     write_atomic(out / "README.md", page(results, sections, list(plots)).encode())
     about = {"environment": results.environment, "config": results.config}
-    told = f"{' '.join(results.answer)} {guide(results)}"
-    write_atomic(out / "report.html", render_study(TITLE, told, sections, about=about).encode())
+    html = render_study(TITLE, guide(results), sections, about=about, answer=" ".join(results.answer))
+    write_atomic(out / "report.html", html.encode())
 
 
 def page(results: TestTimeResults, sections: Sequence[Section], plots: Sequence[str]) -> str:
     """README.md: the answer, then the same tables as the page's."""
     parts = [
         f"# {TITLE}",
-        " ".join(results.answer),
+        f"**{' '.join(results.answer)}**",
         guide(results),
         f"{results.dataset}: {results.n_images} images, {results.n_captions} captions; "
         f"{results.environment['device']}, torch {results.environment['torch']}.",

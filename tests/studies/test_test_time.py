@@ -74,7 +74,7 @@ def test_every_cell_and_going_on(fastmat: Fastmat, out: Path) -> None:  # noqa: 
     }
 
     page = (out / "README.md").read_text()
-    assert page.split("\n")[2] == " ".join(results["answer"]) and results["answer"][1] in shown
+    assert page.split("\n")[2] == f"**{' '.join(results['answer'])}**" and results["answer"][1] in shown
     assert "resize and pad: PGD, made through the guard (2 draws)" in page and "PGD that evades the detector" in page
     assert results["answer"][0] in (out / "report.html").read_text()
     plots = ["mat-roc.svg", "mat-verdicts.svg", "plain-roc.svg", "plain-verdicts.svg"]

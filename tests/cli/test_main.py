@@ -33,7 +33,11 @@ def test_every_command_has_help_with_its_keys(fastmat: Fastmat) -> None:
         "augment": ["--with GENERATOR", "--report", "generator: one of eda", "lexicon: Path (required)"],
         "train": ["defence: one of finetune", "train.lr: float = 1e-05", "captions_per_image: int = 1"],
         "eval": ["victims.LABEL.model: one of open_clip", "eps: list of float", "resamples: int = 1000"],
-        "task": ["task: one of grounding, captioning, entailment, zero_shot (required)", "refs: Path (required)", "DIR"],
+        "task": [
+            "task: one of grounding, captioning, entailment, zero_shot (required)",
+            "refs: Path (required)",
+            "DIR",
+        ],
         "quickstart": ["choose_eps: list of float (required)", "harden.train.steps: int (required)"],
         "export": ["data: one of json, digits, image_folder", "SET"],
         "report": ["DIR"],

@@ -5,8 +5,6 @@ contrast."""
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from fastmat.attacks.pgd import PGD
 from fastmat.data.digits import digits_set
 from fastmat.data.loader import TrainingBatches, evaluation_batches

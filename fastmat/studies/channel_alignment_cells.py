@@ -143,14 +143,15 @@ class Subject:
         batches = self._batches(run)
         if source is not None:
             return self.judged(victim, gallery, self.paired(batches, source.attacked(run), modules), run)
-        parts = run.attack.runs if isinstance(run.attack, Ensemble) else {"": run.attack}
         context = gallery_context(gallery)
+        attacks: Iterable[Attack] = (run.attack,)
         if isinstance(run.attack, Ensemble):
+            attacks = run.attack.runs.values()
             self.warn(victim, next(iter(self.told(batches, modules))), context, run)
         return worst_case(
             [
                 self.judged(victim, gallery, run_attack(victim, attack, self.told(batches, modules), context), run)
-                for attack in parts.values()
+                for attack in attacks
             ]
         )
 

@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from two_processes import FIXED, TWO, in_two_processes
 
 from fastmat.cli.main import main
 from fastmat.evaluation.results import read_results
 
 TRAIN = ["model=tiny", "defence=finetune", "train={steps: 2, save_every: 1}", "batch_size=2"]
 ONE = ["--cpu", "--num_processes", "1"]
-TWO = ["--multi_gpu", "--num_processes", "2"]  # with `--cpu` accelerate would start one process
-FIXED = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 
 
 @pytest.mark.distributed
@@ -43,18 +42,12 @@ EVAL = ["victims.plain.model=tiny", "victims.other.model={name: tiny, seed: 1}",
 ATTACKS = ["attacks={sga: {name: sga, steps: 1, scales: [0.5]}, pgd: {name: pgd, steps: 2}}", "threat.eps=8/255"]
 
 
-def launch(command: list[str | Path]) -> subprocess.CompletedProcess[str]:
-    launcher = [Path(sys.executable).parent / "accelerate", "launch", *TWO, *FIXED, "-m", "fastmat"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*launcher, *command], env=environment, capture_output=True, text=True, timeout=120)
-
-
 @pytest.mark.distributed
 def test_two_processes_attack_to_the_result_of_one(settings: list[str], tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     words = [*settings, *EVAL, *ATTACKS, "keep_sets=true", "surrogates={s: {name: tiny, seed: 2}}", "subset.pgd=5"]
     assert main(["eval", *words, "--out", str(one)]) == 0
-    ended = launch(["eval", *words, "--out", two])
+    ended = in_two_processes(["eval", *words, "--out", two])
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("report.html") == 1
     timing = {"seconds", "pairs_per_s"}
@@ -72,7 +65,7 @@ def test_two_processes_rerank_to_the_result_of_one(settings: list[str], tmp_path
     attack = "attacks.itm={name: pgd, steps: 2, objective: itm}"
     words = [*settings, *victims, attack, "threat.eps=8/255", "resamples=20", "batch_size=2", "examples=0"]
     assert main(["eval", *words, "--out", str(tmp_path / "one")]) == 0
-    ended = launch(["eval", *words, "--out", tmp_path / "two"])
+    ended = in_two_processes(["eval", *words, "--out", tmp_path / "two"])
     assert ended.returncode == 0, ended.stderr
     timing = {"seconds", "pairs_per_s"}
     expected, found = (
@@ -128,7 +121,9 @@ sys.exit(main({words}))
 
 @pytest.mark.distributed
 def test_a_mistake_is_said_once(settings: list[str], tmp_path: Path) -> None:
-    ended = launch(["eval", *settings, *EVAL, *ATTACKS, "data.annotations=nowhere.json", "--out", tmp_path / "out"])
+    ended = in_two_processes(
+        ["eval", *settings, *EVAL, *ATTACKS, "data.annotations=nowhere.json", "--out", tmp_path / "out"]
+    )
     assert ended.returncode != 0
     assert ended.stderr.count("fastmat: ") == 1
     assert not (tmp_path / "out").exists()

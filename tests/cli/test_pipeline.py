@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 from scripted_endpoint import Reply, calls, relaying, says, serving, told
 from tiny_generators import save_captioner
+from two_processes import in_two_processes
 
 from fastmat.attacks.pgd import PGD
 from fastmat.evaluation.results import read_json
@@ -335,24 +334,7 @@ def test_two_processes_attack_to_the_answers_of_one(fastmat: Fastmat, tmp_path: 
     with serving(relaying("retrieval")) as served:
         words = [*small(), PGD1, asking(served.url)]
         assert fastmat(*words, "--out", tmp_path / "one")[0] == 0
-        launch = [Path(sys.executable).parent / "accelerate", "launch", "--multi_gpu", "--num_processes", "2"]
-        launch += [
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-            "--main_process_port",
-            "0",
-        ]
-        ended = subprocess.run(
-            [*launch, "-m", "fastmat", *words, "--out", tmp_path / "two"],
-            env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        ended = in_two_processes([*words, "--out", tmp_path / "two"])
     assert ended.returncode == 0, ended.stderr
     one, two = (read_json(tmp_path / name / "results.json", PipelineResults) for name in ("one", "two"))
     assert one.rows == two.rows and ended.stdout.count("report.html") == 1

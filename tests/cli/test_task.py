@@ -1,15 +1,13 @@
 """`fastmat task`: three tasks from their public formats, clean and attacked; what is kept; refusals."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from annotated import write_coco_captions, write_refcoco, write_snli_ve
 from tiny_generators import save_captioner
+from two_processes import in_two_processes
 
 from fastmat.attacks.pgd import PGD
 from fastmat.evaluation.results import read_json
@@ -171,15 +169,7 @@ def test_two_processes_attack_to_the_result_of_one(
 ) -> None:
     words = ["task", grounding, *COMMON, f"mlm={mlm_folder}", "victims.albef={model: {name: tiny_albef}}", CO_ATTACK]
     assert fastmat(*words, "--out", tmp_path / "one")[0] == 0
-    launch = [Path(sys.executable).parent / "accelerate", "launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    ended = subprocess.run(
-        [*launch, "-m", "fastmat", *words, "--out", tmp_path / "two"],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    ended = in_two_processes([*words, "--out", tmp_path / "two"])
     assert ended.returncode == 0, ended.stderr
     one, two = (read_json(tmp_path / name / "results.json", TaskResults).rows for name in ("one", "two"))
     assert [row.model_dump(exclude={"seconds"}) for row in one] == [row.model_dump(exclude={"seconds"}) for row in two]

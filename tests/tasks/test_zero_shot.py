@@ -1,9 +1,6 @@
 """Zero-shot classification: accuracy by a plain loop, the worst case, the built-in labels from end to end, refusals."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from cli.conftest import fastmat as fastmat
 from PIL import Image
+from two_processes import in_two_processes
 
 from fastmat.attacks.apgd_classes import APGDClasses
 from fastmat.attacks.base import Attack
@@ -253,15 +251,7 @@ def test_a_picture_that_was_wrong_before_survives_nothing(
 def test_two_processes_attack_to_the_result_of_one(fastmat: Fastmat, weights: Path, tmp_path: Path) -> None:
     words = ["task", *COMMON, victim(weights), APGD, PGD_DLR]
     assert fastmat(*words, "--out", tmp_path / "one")[0] == 0
-    launch = [Path(sys.executable).parent / "accelerate", "launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    ended = subprocess.run(
-        [*launch, "-m", "fastmat", *words, "--out", tmp_path / "two"],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    ended = in_two_processes([*words, "--out", tmp_path / "two"])
     assert ended.returncode == 0, ended.stderr
     one, two = (read_json(tmp_path / name / "results.json", TaskResults).rows for name in ("one", "two"))
     assert [row.model_dump(exclude={"seconds"}) for row in one] == [row.model_dump(exclude={"seconds"}) for row in two]

@@ -15,7 +15,7 @@ from fastmat.build import Component
 from fastmat.cli.common import progress
 from fastmat.cli.encoded import Encoded
 from fastmat.cli.ensembles import Variant
-from fastmat.cli.fitting import FitSet, fit_set
+from fastmat.cli.fitting import FitSet, first_to_fit, fit_set
 from fastmat.cli.load import plain
 from fastmat.cli.making import drop_begun
 from fastmat.cli.opening import Opening, batches_of
@@ -107,8 +107,7 @@ class Asking:
 
     @cached_property
     def fit_on(self) -> FitSet | None:
-        unfitted = [label for label, ((_, attack, _), *_) in self.attacks.items() if attack.needs_fit]
-        return fit_set(self.config, self.dataset, needed_by=f"attacks.{unfitted[0]}" if unfitted else None)
+        return fit_set(self.config, self.dataset, needed_by=first_to_fit(self.attacks))
 
     def judge(self, surrogates: Mapping[str, tuple[str, Component]], names: Sequence[str]) -> None:
         """Ask the pipelines `names`. surrogates: by name, where in the config they stand, and the model."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from fastmat.attacks.base import Attack
 from fastmat.attacks.engine import Engine, executing
-from fastmat.build import build_data
+from fastmat.build import Component, build_data
 from fastmat.cli.common import Interrupted
 from fastmat.cli.config import AttackConfig, EvalConfig, TaskConfig
 from fastmat.cli.pipeline_config import PipelineConfig
@@ -53,6 +53,11 @@ class FitSet:
             workers=self.workers,
             image_cache=self.image_cache,
         )
+
+
+def first_to_fit(attacks: Mapping[str, Sequence[tuple[Component, Attack, str | None]]]) -> str | None:
+    """Where in the config the first attack stands that is fitted before it attacks; attacks: by label."""
+    return next((f"attacks.{label}" for label, ((_, attack, _), *_) in attacks.items() if attack.needs_fit), None)
 
 
 def fit_set(

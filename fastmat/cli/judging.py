@@ -17,7 +17,7 @@ from fastmat.cli.album import Album
 from fastmat.cli.config import TaskConfig, TaskVictim
 from fastmat.cli.encoded import Encoded
 from fastmat.cli.ensembles import Variant
-from fastmat.cli.fitting import FitSet, fit_set
+from fastmat.cli.fitting import FitSet, first_to_fit, fit_set
 from fastmat.cli.load import plain
 from fastmat.cli.making import drop_begun, files_of
 from fastmat.cli.rows import Rows
@@ -81,8 +81,7 @@ class Judging:
 
     @cached_property
     def fit_on(self) -> FitSet | None:
-        unfitted = [label for label, ((_, attack, _), *_) in self.attacks.items() if attack.needs_fit]
-        return fit_set(self.config, self.data, needed_by=f"attacks.{unfitted[0]}" if unfitted else None)
+        return fit_set(self.config, self.data, needed_by=first_to_fit(self.attacks))
 
     @cached_property
     def sets(self) -> Sets:

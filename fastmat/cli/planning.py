@@ -12,7 +12,7 @@ from fastmat.build import build_data, build_threat, build_truths, check_weights
 from fastmat.cli.common import MlmLoader
 from fastmat.cli.config import EvalConfig, TaskConfig
 from fastmat.cli.ensembles import Ensemble, Variant, split
-from fastmat.cli.fitting import FitSet, fit_set
+from fastmat.cli.fitting import FitSet, first_to_fit, fit_set
 from fastmat.cli.making import attack_with_hash, inputs_of
 from fastmat.cli.pipeline_config import PipelineConfig
 from fastmat.data.retrieval import RetrievalSet
@@ -74,12 +74,11 @@ def plan_cells(config: EvalConfig, *, mlm: MlmLoader, engine: Engine, cache: Can
         if victim.rerank_k is not None and victim.rerank_k > smaller:
             told = f"{dataset.name}/{dataset.split} has {dataset.n_images} images and {dataset.n_captions} captions"
             raise UserError(f"victims.{label}.rerank_k must be at most {smaller}, got {victim.rerank_k}: {told}")
-    unfitted = [label for label, ((_, attack, _), *_) in built.items() if attack.needs_fit]
-    fit_on = fit_set(config, dataset, needed_by=f"attacks.{unfitted[0]}" if unfitted else None)
+    fit_on = fit_set(config, dataset, needed_by=first_to_fit(built))
 
     def cell(label: str, variant: Variant) -> Cell:
         component, attack, mlm_sha256 = variant
-        learns_from = fit_on if label in unfitted else None
+        learns_from = fit_on if attack.needs_fit else None
         inputs = inputs_of(
             component,
             attack,
